@@ -1,0 +1,53 @@
+"""What a layer is told about the tokens it sees."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Int, Key, UInt
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Context:
+    """Everything beside x that a layer may read.
+
+    positions: place of a token in its document.  segment_ids: document within the row, 0 padding.
+    sample: row number as (high, low) words.  key: the run's key, None when nothing is random.
+    layer: number of this layer.  totals: sums over the whole global batch that the loss `needs`.
+    token_types: sentence A or B (BERT), zeros when None.
+    dtype: of the computation.  train: dropout is on.  causal: tokens do not see later ones.
+    taps: names of intermediate sums that a study asked to see in aux.
+    """
+
+    positions: Int[Array, "B L"]
+    segment_ids: Int[Array, "B L"]
+    sample: UInt[Array, "B 2"] | None = None
+    key: Key[Array, ""] | None = None
+    layer: Int[Array, ""] | None = None
+    totals: dict = dataclasses.field(default_factory=dict)
+    token_types: Int[Array, "B L"] | None = None
+    dtype: str = dataclasses.field(default="float32", metadata={"static": True})
+    train: bool = dataclasses.field(default=False, metadata={"static": True})
+    causal: bool = dataclasses.field(default=True, metadata={"static": True})
+    taps: tuple[str, ...] = dataclasses.field(default=(), metadata={"static": True})
+
+    @property
+    def valid(self) -> Bool[Array, "B L"]:
+        """Tokens that are not padding."""
+        return self.segment_ids > 0
+
+    def replace(self, **changes) -> "Context":
+        return dataclasses.replace(self, **changes)
+
+
+def of_batch(batch, **given) -> Context:
+    """The context of a Batch with inputs `[B L]`."""
+    return Context(
+        positions=batch.positions, segment_ids=batch.segment_ids, sample=batch.sample, **given
+    )
+
+
+def over_tokens(x: Array, ctx: Context) -> Array:
+    """Float32 sum of x `[B L]` over valid tokens."""
+    return jnp.sum(jnp.where(ctx.valid, x.astype(jnp.float32), 0.0))

@@ -1,0 +1,34 @@
+"""SwiGLU, y = (silu(x W_gate) * (x W_up)) W_down (GLU Variants Improve Transformer, arXiv 2002.05202)."""
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array, Float
+
+from models.context import Context
+from models.layers import add_bias
+from models.param import Dims, param
+from parallel.rules import spec
+
+
+class FFN(nnx.Module):
+    """width: F; None is 8/3 D rounded up to a multiple of 64, the parameters of a plain 4 D layer."""
+
+    def __init__(self, dims: Dims, *, rngs: nnx.Rngs, width: int | None = None, bias: bool = False):
+        D, F = dims.d_model, width or -(-8 * dims.d_model // (3 * 64)) * 64
+        up = dict(fan_in=(0,), fan_out=(2,), stack=(1,), init=dims.normal(D))
+        self.up = param(rngs, (D, 2, F), ("embed", None, "ffn"), **up)
+        down = dict(fan_in=(0,), fan_out=(1,), init=dims.normal(F, residual=True))
+        self.down = param(rngs, (F, D), ("ffn", "embed"), **down)
+        vector = dict(decay=False, group="bias")
+        self.up_bias = param(rngs, (2, F), (None, "ffn"), **vector) if bias else None
+        self.down_bias = param(rngs, (D,), (None,), **vector) if bias else None
+
+    def __call__(
+        self, x: Float[Array, "B L D"], ctx: Context
+    ) -> tuple[Float[Array, "B L D"], dict]:
+        h = add_bias(jnp.einsum("bld,dsf->blsf", x, self.up[...].astype(x.dtype)), self.up_bias)
+        h = jax.nn.silu(h[:, :, 0]) * h[:, :, 1]
+        layout = spec("batch", "length", None)
+        y = jnp.einsum("blf,fd->bld", h, self.down[...].astype(x.dtype), out_sharding=layout)
+        return add_bias(y, self.down_bias), {}

@@ -1,0 +1,167 @@
+"""Softmax attention with grouped queries.
+
+Attention Is All You Need (arXiv 1706.03762), o_i = sum_j softmax_j(q_i . k_j / sqrt(K)) v_j.
+Grouped queries: arXiv 2305.13245. Sliding window: arXiv 2004.05150. Query/key norm: RMSNorm per head
+with a learned scale, before the rotation (arXiv 2302.05442 uses LayerNorm). Soft cap: cap * tanh(s /
+cap) on the scores (Gemma 2, arXiv 2408.00118).
+"""
+
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array, Float, Int
+
+from models.context import Context
+from models.layers import Norm, add_bias, rope, rope_frequencies
+from models.param import Dims, param
+from pallas_kernels.flash_attention import flash_attention
+from parallel.rules import spec
+
+CASES = (
+    {"heads": 4, "kv_heads": 2, "qk_norm": True},
+    {"heads": 2, "window": 5, "softcap": 20.0},
+    {"heads": 4, "rope": False, "bias": True},
+)
+
+
+class Mixer(nnx.Module):
+    """heads: H query heads over kv_heads (G, H when None) of head_dim (K, D / H when None).
+
+    window: tokens seen, oneself included; None means all. rope_original_length is read by the
+    'llama3' scaling only. implementation: of the kernel, None lets the platform decide.
+    """
+
+    modes = frozenset({"causal", "bidirectional"})
+    context = "none"
+
+    def __init__(
+        self,
+        dims: Dims,
+        *,
+        rngs: nnx.Rngs,
+        heads: int = 4,
+        kv_heads: int | None = None,
+        head_dim: int | None = None,
+        rope: bool = True,
+        rope_base: float = 10000.0,
+        rope_scaling: str = "none",
+        rope_factor: float = 1.0,
+        rope_original_length: int = 8192,
+        qk_norm: bool = False,
+        window: int | None = None,
+        softcap: float | None = None,
+        bias: bool = False,
+        implementation: str | None = None,
+    ):
+        D, H, G = dims.d_model, heads, kv_heads or heads
+        if head_dim is None and D % H:
+            raise ValueError(
+                f"d_model {D} does not divide into {H} heads; change either or set head_dim"
+            )
+        if H % G:
+            raise ValueError(
+                f"{H} heads do not divide into groups over {G} kv_heads; G must divide H"
+            )
+        K = head_dim or D // H
+        if rope and K % 2:
+            raise ValueError(f"rotary positions need an even head_dim and it is {K}")
+        self.scaling = (
+            (rope_base, rope_scaling, rope_factor, rope_original_length) if rope else None
+        )
+        self.window, self.softcap, self.implementation = window, softcap, implementation
+        fans = dict(fan_in=(0,), fan_out=(1, 2), init=dims.normal(D))
+        self.q = param(rngs, (D, H, K), ("embed", "heads", None), **fans)
+        kv_fans = fans | dict(fan_out=(2, 3), stack=(1,))
+        self.kv = param(rngs, (D, 2, G, K), ("embed", None, "heads", None), **kv_fans)
+        out = dict(fan_in=(0, 1), fan_out=(2,), init=dims.normal(H * K, residual=True))
+        self.out = param(rngs, (H, K, D), ("heads", None, "embed"), **out)
+        vector = dict(decay=False, group="bias")
+        self.q_bias = param(rngs, (H, K), ("heads", None), **vector) if bias else None
+        self.kv_bias = param(rngs, (2, G, K), (None, "heads", None), **vector) if bias else None
+        self.out_bias = param(rngs, (D,), (None,), **vector) if bias else None
+        self.q_norm = Norm(K, rngs=rngs) if qk_norm else None
+        self.k_norm = Norm(K, rngs=rngs) if qk_norm else None
+
+    def __call__(
+        self, x: Float[Array, "B L D"], ctx: Context
+    ) -> tuple[Float[Array, "B L D"], dict]:
+        return self._attend(*self._project(x, ctx), ctx), {}
+
+    def _project(self, x, ctx):
+        q = add_bias(jnp.einsum("bld,dhk->blhk", x, self.q[...].astype(x.dtype)), self.q_bias)
+        kv = add_bias(jnp.einsum("bld,dsgk->blsgk", x, self.kv[...].astype(x.dtype)), self.kv_bias)
+        k, v = kv[:, :, 0], kv[:, :, 1]
+        if self.q_norm is not None:
+            q, k = self.q_norm(q), self.k_norm(k)
+        if self.scaling is not None:
+            freq = rope_frequencies(q.shape[-1], *self.scaling)
+            q, k = rope(q, ctx.positions, freq), rope(k, ctx.positions, freq)
+        return q, k, v
+
+    def _attend(self, q, k, v, ctx):
+        o = flash_attention(
+            q,
+            k,
+            v,
+            q_segments=ctx.segment_ids,
+            kv_segments=ctx.segment_ids,
+            causal=ctx.causal,
+            window=self.window,
+            softcap=self.softcap,
+            implementation=self.implementation,
+        )
+        return self._write(o)
+
+    def _write(self, o):
+        layout = spec("batch", "length", None)
+        y = jnp.einsum("blhk,hkd->bld", o, self.out[...].astype(o.dtype), out_sharding=layout)
+        return add_bias(y, self.out_bias)
+
+    def state_size(self, length: int) -> int:
+        """Elements of the decoding state of one sequence of this many tokens."""
+        _, G, K = self.kv.shape[-3:]
+        return 2 * G * K * self._slots(length)
+
+    def _slots(self, length: int) -> int:
+        return length if self.window is None else min(self.window, length)
+
+    def init_cache(self, B: int, length: int, dtype: str) -> dict[str, Array]:
+        """Keys and values of the last `window` tokens (all without one): position p is in slot p % T."""
+        _, G, K = self.kv.shape[-3:]
+        shape, layout = (B, self._slots(length), G, K), spec("batch", None, "heads", None)
+        return {name: jnp.zeros(shape, dtype, out_sharding=layout) for name in ("k", "v")}
+
+    def prefill(self, x: Float[Array, "B L D"], ctx: Context, cache: dict) -> tuple[Array, dict]:
+        """As `__call__` on right-padded prompts that start at position 0, filling the cache."""
+        q, k, v = self._project(x, ctx)
+        last = jnp.sum(ctx.valid, 1) - 1
+        source = jnp.clip(_held(last, cache["k"].shape[1]), 0, x.shape[1] - 1)[:, :, None, None]
+        held = {n: jnp.take_along_axis(a, source, 1) for n, a in (("k", k), ("v", v))}
+        held = {n: a.astype(cache[n].dtype) for n, a in held.items()}
+        return self._attend(q, k, v, ctx), held
+
+    def decode(self, x: Float[Array, "B 1 D"], ctx: Context, cache: dict) -> tuple[Array, dict]:
+        """One token a row at ctx.positions `[B 1]`, against the cache."""
+        q, k, v = self._project(x, ctx)
+        now, T = ctx.positions[:, 0], cache["k"].shape[1]
+        here = (jnp.arange(T)[None] == now[:, None] % T)[:, :, None, None]
+        cache = {
+            n: jnp.where(here, a.astype(cache[n].dtype), cache[n]) for n, a in (("k", k), ("v", v))
+        }
+        return self._write(self._look_up(q, cache, now)), cache
+
+    def _look_up(self, q, cache, now: Int[Array, "B"]):
+        B, _, H, K = q.shape
+        T, G = cache["k"].shape[1:3]
+        q = q.reshape(B, G, H // G, K).astype(jnp.float32) * K**-0.5
+        s = jnp.einsum("bgrk,btgk->bgrt", q, cache["k"].astype(jnp.float32))
+        s = s if self.softcap is None else self.softcap * jnp.tanh(s / self.softcap)
+        seen = _held(now, T) >= 0
+        p = jnp.where(seen[:, None, None], jnp.exp(s - jnp.max(s, -1, keepdims=True)), 0.0)
+        p = p / jnp.sum(p, -1, keepdims=True)
+        o = jnp.einsum("bgrt,btgk->bgrk", p, cache["v"].astype(jnp.float32))
+        return o.reshape(B, 1, H, K).astype(cache["v"].dtype)
+
+
+def _held(last: Int[Array, "B"], T: int) -> Int[Array, "B T"]:
+    """The position that each slot holds once position `last` is written; negative where none is."""
+    return last[:, None] - (last[:, None] - jnp.arange(T)[None]) % T

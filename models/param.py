@@ -1,0 +1,85 @@
+"""The only place where a weight is declared, and the table that everything else reads."""
+
+import dataclasses
+import math
+from collections.abc import Mapping
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array
+
+from parallel.rules import spec
+from parallel.weight import Entry, Table, Weight
+
+
+@dataclasses.dataclass(frozen=True)
+class Dims:
+    """What every layer needs to know of its model.
+
+    d_model: D.  length: the longest sequence, L.  n_layers: all layers, prefix and suffix included.
+    base_d_model: the width at which the recipe was tuned (D itself unless muP is in use).
+    init_std: standard deviation of matrices at the start; None means 1 / sqrt(fan-in).
+    scale_residual: divide the start of matrices that write to the residual stream by sqrt(2 N)
+      (GPT-2).
+    """
+
+    d_model: int
+    length: int
+    n_layers: int
+    base_d_model: int
+    init_std: float | None = None
+    scale_residual: bool = True
+
+    def normal(self, fan_in: int, residual: bool = False) -> tuple[str, float]:
+        """The start of a matrix with this fan-in, `residual` if it writes to the residual stream."""
+        std = self.init_std if self.init_std is not None else 1 / math.sqrt(fan_in)
+        return "normal", std / math.sqrt(
+            2 * self.n_layers
+        ) if residual and self.scale_residual else std
+
+
+def param(
+    rngs: nnx.Rngs, shape: tuple[int, ...], axes: tuple[str | None, ...], **declared
+) -> nnx.Param:
+    """A float32 weight of this shape; `declared` are the other fields of `Weight`."""
+    if len(shape) != len(axes):
+        raise ValueError(f"shape {shape} has {len(shape)} dimensions and axes {axes} {len(axes)}")
+    weight = Weight(axes=axes, **declared)
+    return nnx.Param(_start(rngs, shape, weight), weight=weight)
+
+
+def _start(rngs: nnx.Rngs, shape: tuple[int, ...], weight: Weight) -> Array:
+    layout = spec(*weight.axes)
+    match weight.init:
+        case ("zeros",):
+            return jnp.zeros(shape, jnp.float32, out_sharding=layout)
+        case ("ones",):
+            return jnp.ones(shape, jnp.float32, out_sharding=layout)
+        case ("normal", std):
+            return std * jax.random.normal(rngs.params(), shape, jnp.float32, out_sharding=layout)
+    raise ValueError(
+        f"init {weight.init} is unknown; known: ('normal', std), ('zeros',), ('ones',)"
+    )
+
+
+def flatten(state: nnx.State) -> dict[str, Array]:
+    """A module's state as {path: array}, e.g. 'blocks/0/mixer/q'."""
+    return {"/".join(map(str, path)): leaf[...] for path, leaf in nnx.to_flat_state(state)}
+
+
+def restore(state: nnx.State, params: Mapping[str, Array]) -> nnx.State:
+    """`flatten` undone: this (abstract) state with its arrays replaced by those of params."""
+    flat = [
+        (path, leaf.replace(params["/".join(map(str, path))]))
+        for path, leaf in nnx.to_flat_state(state)
+    ]
+    return nnx.from_flat_state(flat)
+
+
+def table(state: nnx.State) -> Table:
+    """The parameter table of an (abstract) state."""
+    return {
+        "/".join(map(str, path)): Entry(leaf.get_metadata("weight"), tuple(leaf.shape))
+        for path, leaf in nnx.to_flat_state(state)
+    }

@@ -1,0 +1,75 @@
+"""Which mesh axes a named dimension is split over: the one table that decides every sharding."""
+
+import jax
+from jax.sharding import AxisType, PartitionSpec
+
+MESH_AXES = ("replica", "data", "fsdp", "stage", "context", "expert", "tensor")
+
+# A weight's D goes to fsdp and an activation's D to nothing, so activations name None there.
+RULES: dict[str, tuple[str, ...]] = {
+    "batch": ("replica", "data", "fsdp"),
+    "length": ("context",),
+    "embed": ("fsdp",),
+    "heads": ("tensor",),
+    "ffn": ("tensor",),
+    "vocab": ("tensor",),
+    "experts": ("expert",),
+    "layers": (),
+}
+
+
+def explicit_axes() -> frozenset[str]:
+    """Mesh axes that are part of array types at this point of the trace (none without a mesh)."""
+    mesh = jax.sharding.get_abstract_mesh()
+    return frozenset(
+        name
+        for name, kind in zip(mesh.axis_names, mesh.axis_types, strict=True)
+        if kind == AxisType.Explicit
+    )
+
+
+def partition(*names: str | None, axes=frozenset(MESH_AXES)) -> PartitionSpec:
+    """The PartitionSpec of an array whose dimensions carry these logical names.
+
+    Raises:
+      ValueError: an unknown name, or two dimensions that would land on one mesh axis.
+    """
+    owner: dict[str, int] = {}
+    entries = []
+    for dim, name in enumerate(names):
+        if name is not None and name not in RULES:
+            raise ValueError(
+                f"logical axis {name!r} of dimension {dim} is not in parallel/rules.py; "
+                f"known: {', '.join(RULES)}"
+            )
+        mine = tuple(a for a in (RULES[name] if name else ()) if a in axes)
+        for axis in mine:
+            if axis in owner:
+                raise ValueError(
+                    f"dimensions {owner[axis]} ({names[owner[axis]]!r}) and {dim} ({name!r}) "
+                    f"would both be split over mesh axis {axis!r}; name one of them None"
+                )
+            owner[axis] = dim
+        entries.append(mine[0] if len(mine) == 1 else (mine or None))
+    return PartitionSpec(*entries)
+
+
+def spec(*names: str | None) -> PartitionSpec | None:
+    """`partition` over the axes that are Explicit here; None where there are none.
+
+    This lets one model file run without a mesh, under Explicit axes, inside `auto_axes` and inside
+    `shard_map`.
+    """
+    axes = explicit_axes()
+    return partition(*names, axes=axes) if axes else None
+
+
+def constrain(x: jax.Array, *names: str | None) -> jax.Array:
+    """Reshard x to the layout these names mean; x itself without Explicit axes."""
+    target = spec(*names)
+    return x if target is None else jax.reshard(x, target)
+
+
+def layout(like: jax.ShapeDtypeStruct) -> PartitionSpec:
+    """The PartitionSpec of an abstract array, which has no sharding at all where it is replicated."""
+    return PartitionSpec() if like.sharding is None else like.sharding.spec

@@ -1,0 +1,60 @@
+"""What is known of a weight, declared once where the weight is made and read everywhere else."""
+
+import dataclasses
+
+
+@dataclasses.dataclass(frozen=True)
+class Weight:
+    """A weight's declaration. Plain data; indices refer to the shape without layer stacking.
+
+    axes: one logical axis name (or None) a dimension, read by `parallel.rules`.
+    fan_in, fan_out: the dimensions that are summed over, and that are produced.
+    stack: dimensions that merely hold several matrices side by side (the 3 of a fused `[D 3 H K]`).
+    init: how it starts: ('normal', std), ('zeros',) or ('ones',).
+    decay: whether weight decay applies.
+    group: 'embed', 'hidden', 'head', 'norm' or 'bias'.
+    """
+
+    axes: tuple[str | None, ...]
+    fan_in: tuple[int, ...] = ()
+    fan_out: tuple[int, ...] = ()
+    stack: tuple[int, ...] = ()
+    init: tuple = ("zeros",)
+    decay: bool = True
+    group: str = "hidden"
+
+
+@dataclasses.dataclass(frozen=True)
+class Entry:
+    """A row of the parameter table: the declaration with the shape the model really holds."""
+
+    weight: Weight
+    shape: tuple[int, ...]
+
+    @property
+    def layers(self) -> int:
+        """How many leading dimensions stack layers."""
+        return len(self.shape) - len(self.weight.axes)
+
+    @property
+    def axes(self) -> tuple[str | None, ...]:
+        """Logical axes of the shape held, layer dimensions included."""
+        return ("layers",) * self.layers + self.weight.axes
+
+    @property
+    def stack_axes(self) -> tuple[int, ...]:
+        """Dimensions of the shape held that only stand side by side: layers, then `stack`."""
+        return (*range(self.layers), *(self.layers + i for i in self.weight.stack))
+
+    @property
+    def norm_axes(self) -> tuple[int, ...]:
+        """Dimensions over which the norm of one true matrix is taken."""
+        return tuple(i for i in range(len(self.shape)) if i not in self.stack_axes)
+
+    @property
+    def is_matrix(self) -> bool:
+        """Whether one true weight has two dimensions or more."""
+        return len(self.norm_axes) >= 2
+
+
+Table = dict[str, Entry]

@@ -1,0 +1,58 @@
+"""The form of a loss: sums over tokens, then one scalar of their totals.
+
+A loss written so can be split over devices and micro-batches in any way without changing its value
+or its gradient, because only sums cross the split and `finish` sees their global totals.
+"""
+
+import dataclasses
+from collections.abc import Callable
+
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
+
+from data.batch import Batch
+from models.context import Context
+
+Sums = dict[str, Array]
+
+
+def counts(batch: Batch) -> Sums:
+    """Sums known from the batch alone: `weight` of all targets and `tokens` that are not padding."""
+    return {
+        "weight": jnp.sum(batch.weights),
+        "tokens": jnp.sum((batch.segment_ids > 0).astype(jnp.float32)),
+    }
+
+
+def at_least_some(count: Float[Array, ""]) -> Float[Array, ""]:
+    """A denominator: the count, or 1 where nothing was counted."""
+    return jnp.where(count > 0, count, 1.0)
+
+
+@dataclasses.dataclass(frozen=True)
+class Loss:
+    """sums(params, micro, ctx): float32 sums, additive over tokens, of one micro-batch `[b L]`.
+
+    finish(totals): the scalar loss and what to log, from the totals of all sums and of `counts`.
+    It must be linear in every sum that `needs` does not name (a contract test says so).
+    needs: sums whose totals enter finish's derivative; they are known in `ctx.totals` when the
+    gradient is taken. after(aux, totals): the state without gradients after the step.
+    """
+
+    sums: Callable[[dict, Batch, Context], Sums]
+    finish: Callable[[Sums], tuple[Float[Array, ""], dict]]
+    needs: tuple[str, ...] = ()
+    after: Callable[[dict, Sums], dict] | None = None
+
+
+def log_likelihood(
+    logits: Float[Array, "B L W"], targets: Int[Array, "B L"]
+) -> tuple[Float[Array, "B L"], Float[Array, "B L"]]:
+    """Log-probability of each target and the log of the softmax's denominator, float32.
+
+    Compares with a range instead of gathering, so a sharded vocabulary is never brought together.
+    """
+    top = jnp.max(logits, -1, keepdims=True)
+    log_z = jnp.log(jnp.sum(jnp.exp(logits - top), -1)) + top[:, :, 0]
+    here = jnp.arange(logits.shape[-1])[None, None] == targets[:, :, None]
+    return jnp.sum(jnp.where(here, logits, 0.0), -1) - log_z, log_z

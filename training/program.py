@@ -1,0 +1,190 @@
+"""A run's computation, built from its config: what train executes and plan lowers."""
+
+import dataclasses
+import difflib
+import importlib
+import math
+import re
+from collections.abc import Callable, Mapping
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax.sharding import NamedSharding
+
+import data.batch
+from data.batch import Batch
+from models.context import of_batch
+from models.lm import LM
+from models.param import flatten, restore, table
+from optim import build as optimizer
+from parallel.rules import RULES, layout, partition
+from parallel.weight import Table
+from training import step
+from training.loss import log_likelihood
+from training.state import TrainState, pair
+
+# Keys of config.model that are not the model's: the tokenizer's, and what Context carries.
+NOT_OF_LM = ("vocab", "causal", "dtype", "taps")
+
+
+@dataclasses.dataclass(frozen=True)
+class Program:
+    """init() -> state and step(state, batch) -> (state, metrics), both jitted; step donates state.
+
+    state, batch: what they take, abstract, with shardings.  table: of the parameters.
+    evaluate(params, batch `[b L]`): sums of `nll` (nats) and `weight`, jitted.
+    model(params): the module, for decoding.  context: static fields of its Context.
+    lr(tokens, batch_tokens): the learning rate.  tokens: of the whole run, B L steps.
+    """
+
+    init: Callable[[], TrainState]
+    step: Callable[[TrainState, Batch], tuple[TrainState, dict]]
+    state: TrainState
+    batch: Batch
+    evaluate: Callable[[dict, Batch], dict]
+    model: Callable[[dict], LM]
+    table: Table
+    context: Mapping
+    lr: Callable
+    tokens: int
+
+
+def build(config: Mapping, mesh: jax.sharding.Mesh, vocab: int) -> Program:
+    """The program of a resolved config on a mesh (concrete, or abstract for a target elsewhere).
+
+    vocab: the tokenizer's size, used where `model.vocab` is None.
+
+    Raises:
+      ValueError: sizes or names that do not fit, in one sentence.
+    """
+    with jax.sharding.use_abstract_mesh(getattr(mesh, "abstract_mesh", mesh)):
+        model, abstract, construct = _model(config["model"], config["data"]["length"], vocab)
+        weights = table(abstract)
+        _check_divides(weights, mesh)
+        context = {name: config["model"][name] for name in ("dtype", "causal")}
+        context["taps"] = tuple(config["model"].get("taps", ()))
+        chosen = _chosen(config["trainable"], weights)
+        sizes = config["data"]
+        tokens = sizes["batch_size"] * sizes["length"] * config["steps"]
+        tx, lr = optimizer.build({p: weights[p] for p in chosen}, tokens, **config["optim"])
+        seed, ema = config["seed"], config["ema"]
+
+        def init() -> TrainState:
+            whole = flatten(nnx.state(construct(jax.random.key(seed))))
+            params = {path: whole[path] for path in chosen}
+            frozen = {path: leaf for path, leaf in whole.items() if path not in chosen}
+            aux = {"frozen": frozen} if frozen else {}
+            aux |= {} if ema is None else {"ema": jax.tree.map(jnp.copy, params)}
+            zero = jnp.asarray(pair(0))
+            return TrainState(jnp.int32(0), zero, zero, params, tx.init(params), aux)
+
+        loss = _loss(config["loss"], lambda params, inputs, ctx: model(params)(inputs, ctx))
+        dropout_key = jax.random.fold_in(jax.random.key(seed), 1)
+        run = step.make(loss, tx, lr, key=dropout_key, context=context, ema=ema)
+        state = _placed(jax.eval_shape(init), mesh)
+        # One spelling of each sharding for init, step and restore, or the step compiles again.
+        canonical = jax.tree.map(lambda leaf: leaf.sharding, state)
+        return Program(
+            init=jax.jit(init, out_shardings=canonical),
+            step=jax.jit(run, donate_argnums=0, out_shardings=(canonical, None)),
+            state=state,
+            batch=_batch(sizes, mesh),
+            evaluate=jax.jit(_evaluate(model, context)),
+            model=model,
+            table=weights,
+            context=context,
+            lr=lr,
+            tokens=tokens,
+        )
+
+
+def parameters(state: TrainState, *, averaged: bool = True) -> dict:
+    """All parameters of a state, frozen ones included; their moving average where there is one."""
+    trained = state.aux.get("ema", state.params) if averaged else state.params
+    return state.aux.get("frozen", {}) | trained
+
+
+def _model(config: Mapping, length: int, vocab: int):
+    own = {name: value for name, value in config.items() if name not in NOT_OF_LM}
+    size = config["vocab"] or vocab
+    if size < vocab:
+        raise ValueError(
+            f"model.vocab is {size} and the tokenizer has {vocab} ids; raise it or drop it"
+        )
+    construct = lambda key: LM(rngs=nnx.Rngs(key), vocab=size, length=length, **own)
+    graph, abstract = nnx.split(nnx.eval_shape(lambda: construct(jax.random.key(0))))
+    return lambda params: nnx.merge(graph, restore(abstract, params)), abstract, construct
+
+
+def _loss(config: Mapping, apply: Callable):
+    name = config["name"]
+    return importlib.import_module(f"training.losses.{name}").make(
+        apply, **config["losses"].get(name, {})
+    )
+
+
+def _chosen(pattern: str, weights: Table) -> set[str]:
+    chosen = {path for path in weights if re.fullmatch(pattern, path)}
+    if not chosen:
+        near = difflib.get_close_matches(pattern, list(weights), n=3, cutoff=0.0)
+        raise ValueError(f"trainable {pattern!r} matches no parameter; some are {', '.join(near)}")
+    return chosen
+
+
+def _evaluate(model: Callable, context: Mapping):
+    def evaluate(params: dict, batch: Batch) -> dict:
+        logits, _ = model(params)(batch.inputs, of_batch(batch, **context))
+        log_p, _ = log_likelihood(logits, batch.targets)
+        return {"nll": -jnp.sum(batch.weights * log_p), "weight": jnp.sum(batch.weights)}
+
+    return evaluate
+
+
+def _placed(abstract, mesh):
+    place = lambda leaf: jax.ShapeDtypeStruct(
+        leaf.shape, leaf.dtype, sharding=NamedSharding(mesh, layout(leaf))
+    )
+    return jax.tree.map(place, abstract)
+
+
+def _batch(sizes: Mapping, mesh) -> Batch:
+    A, B, L = sizes["micro_batches"], sizes["batch_size"], sizes["length"]
+    if B % A:
+        raise ValueError(f"data.batch_size {B} does not divide into {A} micro-batches")
+    ways = math.prod(mesh.shape[axis] for axis in RULES["batch"])
+    if B // A % ways:
+        shape = " x ".join(f"{axis}={mesh.shape[axis]}" for axis in RULES["batch"])
+        raise ValueError(
+            f"{B} rows in {A} micro-batches leave {B // A} a micro-batch, which do not divide over "
+            f"{ways} devices ({shape}); change data.batch_size, data.micro_batches or the mesh"
+        )
+    if L % mesh.shape["context"]:
+        raise ValueError(
+            f"data.length {L} does not divide over mesh.context {mesh.shape['context']}"
+        )
+    fields = data.batch.abstract((A, B // A), L)._asdict()
+    return Batch(**{name: _field(name, field, mesh, 1) for name, field in fields.items()})
+
+
+def batch_sharding(name: str, mesh, lead: int) -> NamedSharding:
+    """The sharding of a Batch field with `lead` dimensions (micro-batches) before its rows."""
+    tail = {"sample": (None,), "domain": ()}.get(name, ("length",))
+    return NamedSharding(mesh, partition(*[None] * lead, "batch", *tail))
+
+
+def _field(name, field, mesh, lead):
+    sharding = batch_sharding(name, mesh, lead)
+    return jax.ShapeDtypeStruct(field.shape, field.dtype, sharding=sharding)
+
+
+def _check_divides(weights: Table, mesh) -> None:
+    for path, entry in weights.items():
+        for size, name in zip(entry.shape, entry.axes, strict=True):
+            ways = math.prod(mesh.shape[axis] for axis in (RULES[name] if name else ()))
+            if size % ways:
+                axes = " x ".join(f"mesh.{axis}={mesh.shape[axis]}" for axis in RULES[name])
+                raise ValueError(
+                    f"dimension {name!r} of {path} has size {size}, which does not divide over "
+                    f"{axes}; change the size or the mesh"
+                )
