@@ -1,0 +1,36 @@
+"""Score a checkpoint on the held-out split: `uv run evaluate --workdir runs/quickstart`."""
+
+from launch import flags, platform
+from launch.schema import Key
+
+ABOUT = "Scores the latest checkpoint in --workdir on the files held out of its training."
+FLAGS = {
+    "rows": Key(int, None, True, (), "held-out rows to read; none is all"),
+    "batch": Key(int, None, True, (), "rows at a time; none is as in training"),
+}
+
+
+def main() -> None:
+    parsed = flags.parse(prog="evaluate", about=ABOUT, flags=FLAGS, needs_config=False)
+    platform.choose()
+    from tqdm import tqdm
+
+    from launch import setup
+    from training.evaluate import held_out
+
+    with setup.one_sentence("evaluate"):
+        built, params, step = setup.reopen(parsed.flags.workdir)
+        rows = parsed.flags.batch or built.program.batch.inputs.shape[1]
+        progress = lambda batches: tqdm(batches, desc="held-out", unit="batch")
+        limit = parsed.flags.rows
+        score = held_out(
+            built.program, params, built.data, built.mesh, rows=rows, limit=limit, progress=progress
+        )
+    print(f"step           {step}")
+    print(f"targets        {score.targets:,.0f}")
+    for name, value in score.values().items():
+        print(f"{name.replace('_', ' '):<14} {value:.4f}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,150 @@
+"""What every command builds from a configuration: devices, data, program."""
+
+import contextlib
+import dataclasses
+import math
+import os
+import pathlib
+import sys
+from collections.abc import Iterator, Mapping
+from importlib.metadata import version
+from typing import Any
+
+import jax
+
+import data.pipeline
+from parallel import mesh as meshes
+from parallel.weight import Table
+from training import program as programs
+from training.checkpoint import CheckpointError, Checkpoints
+from training.flops import model_flops
+from training.loop import NotFiniteError
+from training.metrics import MetricsError
+
+
+@dataclasses.dataclass(frozen=True)
+class Setup:
+    config: Mapping
+    mesh: jax.sharding.Mesh
+    data: Any
+    program: programs.Program
+
+
+def build(config: Mapping) -> Setup:
+    """Mesh, data and program of a resolved config; the mesh becomes the current one.
+
+    Raises ValueError in one sentence for whatever does not fit.
+    """
+    mesh = meshes.make(**config["mesh"])
+    corpus = data.pipeline.build(seed=config["seed"], **config["data"])
+    program = programs.build(config, mesh, corpus.vocab_size)
+    jax.set_mesh(mesh)
+    return Setup(config, mesh, corpus, program)
+
+
+def reopen(workdir: str | None, changes: Mapping | None = None) -> tuple[Setup, dict, int]:
+    """The setup, all parameters and the step of the latest checkpoint in a run's folder.
+
+    changes: replaces keys of the saved config's `mesh`. Raises ValueError where there is none.
+    """
+    if workdir is None:
+        raise ValueError("give --workdir FOLDER, the folder of a run")
+    with Checkpoints(workdir) as checkpoints:
+        header = checkpoints.meta()["header"]
+        config = header["config"] | {"mesh": header["config"]["mesh"] | dict(changes or {})}
+        setup = build(config)
+        if setup.data.fingerprint != header["fingerprint"]:
+            print(
+                f"note: the corpus has fingerprint {setup.data.fingerprint} and the run was trained "
+                f"on {header['fingerprint']}, so held-out files may have been trained on",
+                file=sys.stderr,
+            )
+        state = setup.program.state
+        averaged = "ema" in state.aux
+        params, _ = checkpoints.restore_params(
+            None, state.params, aux="ema" if averaged else None
+        )
+        if "frozen" in state.aux:
+            frozen, _ = checkpoints.restore_params(None, state.aux["frozen"], aux="frozen")
+            params = frozen | params
+        return setup, params, checkpoints.latest()
+
+
+def header(setup: Setup) -> dict:
+    """What metrics.jsonl and checkpoints say of a run: all that decides its numbers."""
+    program, device = setup.program, setup.mesh.devices.flat[0]
+    return {
+        "config": _plain(setup.config),
+        "parameters": parameter_counts(program.table),
+        "flops_per_token": flops_per_token(setup),
+        "fingerprint": setup.data.fingerprint,
+        "seed": setup.config["seed"],
+        "device": {"kind": device.device_kind, "count": setup.mesh.devices.size},
+        "hosts": jax.process_count(),
+        "versions": {name: version(name) for name in ("jax", "flax", "optax", "orbax-checkpoint")},
+    }
+
+
+def flops_per_token(setup: Setup) -> float:
+    """Of the model, forward and backward, recomputation left out."""
+    program = setup.program
+    params = dict(program.state.aux.get("frozen", {})) | program.state.params
+    A, b, L = program.batch.inputs.shape
+    row = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape[1:], x.dtype), program.batch)
+    plain = {path: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype) for path, leaf in params.items()}
+    return model_flops(program.evaluate, plain, row) / (b * L)
+
+
+def parameter_counts(table: Table) -> dict[str, int]:
+    """Numbers of parameters: `total`, and `without_embeddings`."""
+    sizes = {path: math.prod(entry.shape) for path, entry in table.items()}
+    embedded = sum(n for path, n in sizes.items() if table[path].weight.group == "embed")
+    total = sum(sizes.values())
+    return {"total": total, "without_embeddings": total - embedded}
+
+
+def parameter_table(table: Table) -> str:
+    """The table as text: path, shape (layers first), logical axes, start, group, decay."""
+    rows = [("path", "shape", "axes", "start", "group", "decay", "parameters")]
+    for path, entry in table.items():
+        weight = entry.weight
+        start = " ".join(f"{x:.4g}" if isinstance(x, float) else x for x in weight.init)
+        axes = " ".join(axis or "-" for axis in entry.axes)
+        shape = " ".join(map(str, entry.shape))
+        decay = "yes" if weight.decay else "no"
+        size = f"{math.prod(entry.shape):,}"
+        rows.append((path, shape, axes, start, weight.group, decay, size))
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    lines = ["  ".join(map(str.ljust, row, widths)).rstrip() for row in rows]
+    counts = parameter_counts(table)
+    total = f"{counts['total']:,} parameters, {counts['without_embeddings']:,} without embeddings"
+    return "\n".join([*lines, total]) + "\n"
+
+
+@contextlib.contextmanager
+def one_sentence(command: str) -> Iterator[None]:
+    """Turns errors that the user can mend into a sentence on stderr and exit status 2.
+
+    A run that stopped by itself exits with 1. MESHWORK_TRACEBACK=1 shows where it came from.
+    """
+    try:
+        yield
+    except (NotFiniteError, CheckpointError, MetricsError, ValueError, OSError) as error:
+        if os.environ.get("MESHWORK_TRACEBACK"):
+            raise
+        print(f"{command}: {' '.join(str(error).split())}", file=sys.stderr)
+        raise SystemExit(1 if isinstance(error, NotFiniteError) else 2) from None
+    except KeyboardInterrupt:
+        raise SystemExit(130) from None
+
+
+def workdir(flags, config_path: str) -> pathlib.Path:
+    """--workdir, or runs/<name of the config>."""
+    return pathlib.Path(flags.workdir or f"runs/{pathlib.Path(config_path).stem}")
+
+
+def _plain(tree):
+    """Tuples as lists, as JSON gives them back."""
+    if isinstance(tree, Mapping):
+        return {key: _plain(value) for key, value in tree.items()}
+    return [_plain(value) for value in tree] if isinstance(tree, (tuple, list)) else tree

@@ -1,0 +1,43 @@
+"""Train a model: `uv run train --config experiments/quickstart.py`. The same command resumes."""
+
+import sys
+
+from launch import flags, platform
+
+ABOUT = """\
+Trains the model of a configuration, from the latest checkpoint in --workdir (runs/NAME by default)
+or from the start. SIGTERM and Ctrl-C save before they end the run; the same command goes on."""
+
+
+def main() -> None:
+    parsed = flags.parse(prog="train", about=ABOUT)
+    platform.choose()
+    # Only now may jax be imported: its platforms are chosen.
+    from launch import report, setup
+    from training import loop
+
+    with setup.one_sentence("train"):
+        built = setup.build(parsed.config)
+        if parsed.flags.print_params:
+            print(setup.parameter_table(built.program.table), end="")
+            return
+        folder = setup.workdir(parsed.flags, parsed.flags.config)
+        head = setup.header(built)
+        print(report.opening(built, head, folder), file=sys.stderr)
+        sample = report.sampler(built)
+        job = loop.Run(
+            config=parsed.config,
+            program=built.program,
+            data=built.data,
+            mesh=built.mesh,
+            workdir=folder,
+            header=head,
+            flops=head["flops_per_token"],
+            sample=sample,
+        )
+        outcome = loop.run(job)
+        print(report.closing(job, outcome, parsed.flags.config))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,71 @@
+"""Loss on the held-out split: always the same rows, in one order, whatever the batch size."""
+
+import dataclasses
+import math
+from collections.abc import Callable
+
+import jax
+
+from data.batch import Batch
+from training.program import Program, batch_sharding
+
+
+@dataclasses.dataclass(frozen=True)
+class Score:
+    """nll: nats over `targets` tokens, which stand for `bytes` bytes of text."""
+
+    nll: float
+    targets: float
+    bytes: int
+
+    @property
+    def loss(self) -> float:
+        """Nats a target."""
+        return self.nll / self.targets
+
+    @property
+    def perplexity(self) -> float:
+        return math.exp(min(self.loss, 700.0))
+
+    @property
+    def bits_per_byte(self) -> float | None:
+        """None where the targets stand for no text."""
+        return self.nll / math.log(2) / self.bytes if self.bytes else None
+
+    def values(self) -> dict[str, float]:
+        """For a log: loss, perplexity and bits_per_byte, each where it is defined."""
+        named = {n: getattr(self, n) for n in ("loss", "perplexity", "bits_per_byte")}
+        return {name: value for name, value in named.items() if value is not None}
+
+
+def held_out(
+    program: Program,
+    params: dict,
+    data,
+    mesh,
+    *,
+    rows: int,
+    limit: int | None = None,
+    progress: Callable = iter,
+) -> Score:
+    """The score of the first `limit` validation rows (all when None), `rows` at a time.
+
+    Raises ValueError where there is nothing to score.
+    """
+    nll = targets = 0.0
+    text = 0
+    for batch in progress(data.evaluation(rows, limit)):
+        sums = jax.device_get(program.evaluate(params, place(batch, mesh)))
+        nll, targets = nll + float(sums["nll"]), targets + float(sums["weight"])
+        text += data.tokenizer.count_bytes(batch.targets, batch.weights)
+    if not targets:
+        raise ValueError("the held-out rows have no target to score; hold out more of the corpus")
+    return Score(nll, targets, text)
+
+
+def place(batch: Batch, mesh) -> Batch:
+    """A numpy Batch `[b L]` on the devices of a mesh."""
+    put = lambda name, field: jax.make_array_from_callback(
+        field.shape, batch_sharding(name, mesh, 0), lambda index: field[index]
+    )
+    return Batch(*map(put, Batch._fields, batch))
