@@ -125,6 +125,16 @@ class Data:
         """Training row `number`, 0 <= number < 2**64; fields [L], sample [2], domain []."""
         return Batch(*(field[0] for field in self.local(number, 0, 1)))
 
+    def names(self, first: int, last: int) -> list[str]:
+        """Names of the documents that training rows first .. last - 1 hold tokens of."""
+        numbers = np.uint64(first) + np.arange(last - first, dtype=np.uint64)
+        epochs = numbers // np.uint64(self._train.rows)
+        met = []
+        for epoch in map(int, np.unique(epochs)):
+            chunks = self._chunks(epoch, numbers[epochs == epoch])
+            met += self._train.names(self._layout(epoch), self._order(epoch), chunks)
+        return list(dict.fromkeys(met))
+
     def local(self, position: int, lo: int, hi: int) -> Batch:
         """Training rows position + lo .. position + hi - 1 as `[hi - lo, L]`."""
         first, last = int(position) + int(lo), int(position) + int(hi)
@@ -216,19 +226,23 @@ class Data:
         return self._finish(rows, numbers, self.seed)
 
     def _epoch_rows(self, epoch: int, numbers: np.ndarray) -> Batch:
+        return self._train.build(self._layout(epoch), self._chunks(epoch, numbers))
+
+    def _chunks(self, epoch: int, numbers: np.ndarray) -> np.ndarray:
         rows = self._train.rows
         places = numbers - np.uint64(epoch * rows)
-        chunks = keyed.permute(places, rows, keyed.key("rows", self.seed, epoch))
-        return self._train.build(self._layout(epoch), chunks)
+        return keyed.permute(places, rows, keyed.key("rows", self.seed, epoch))
 
     def _layout(self, epoch: int):
         layouts = self._layouts  # Read once: another thread may replace it.
         if (layout := layouts.get(epoch)) is None:
-            count = len(self._train.documents)
-            order = keyed.shuffled(count, keyed.key("documents", self.seed, epoch))
-            layout = self._train.layout(order)
+            layout = self._train.layout(self._order(epoch))
             self._layouts = {**dict(list(layouts.items())[-7:]), epoch: layout}
         return layout
+
+    def _order(self, epoch: int) -> np.ndarray:
+        count = len(self._train.documents)
+        return keyed.shuffled(count, keyed.key("documents", self.seed, epoch))
 
     def _validation_rows(self, numbers: np.ndarray) -> Batch:
         packer = self._validation

@@ -1,4 +1,4 @@
-"""Text from a model: one parallel pass over the prompts, then cached decoding one token at a time."""
+"""Text from a model: one parallel pass over the prompts, then cached decoding token by token."""
 
 import functools
 from collections.abc import Callable, Sequence

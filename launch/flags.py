@@ -50,7 +50,7 @@ def parse(
 ) -> Parsed:
     """What the command line asks for.
 
-    argv: without the program's name; sys.argv[1:] when None.  prog: the module, for messages.
+    argv: without the program's name; sys.argv[1:] when None.  prog: the command, for messages.
     about: a paragraph for --help.  flags: the command's own flags, {name: Key}.
     needs_config: whether it is an error to leave --config out.  root: the repository.
 

@@ -6,8 +6,8 @@ from launch import flags, platform
 from launch.schema import Key
 
 ABOUT = """\
-Continues --prompt, or every line of standard input as a prompt of its own, with the latest checkpoint
-in --workdir. The same seed gives the same text whatever other prompts are in the batch."""
+Continues --prompt, or every line of standard input as a prompt of its own, with the latest
+checkpoint in --workdir. One seed gives the same text whatever other prompts are in the batch."""
 FLAGS = {
     "prompt": Key(str, None, True, (), "text to continue; none reads lines from standard input"),
     "tokens": Key(int, 256, False, (), "tokens to add to each prompt"),

@@ -3,8 +3,6 @@
 import pathlib
 from collections.abc import Callable, Mapping
 
-import jax
-
 from analysis import ngrams
 from inference.generate import generate
 from launch.setup import Setup
@@ -76,12 +74,16 @@ def _scores(job: Run, outcome: Outcome) -> list[str]:
     rows = [("this model", score.bits_per_byte)]
     if job.config["train"]["ngrams"]:
         source = job.data.source
-        rows += ngrams.bits_per_byte(source.documents("train"), source.documents("validation")).items()
+        rows += ngrams.bits_per_byte(
+            source.documents("train"), source.documents("validation")
+        ).items()
     lines = [
         f"held-out: {score.targets:,.0f} tokens, loss {score.loss:.4f} nats a token, "
         f"perplexity {score.perplexity:.3f}"
     ]
     if score.bits_per_byte is not None:
-        lines.append("bits per byte of held-out files, n-gram counts taken from the training files:")
+        lines.append(
+            "bits per byte of held-out files, n-gram counts taken from the training files:"
+        )
         lines += [f"  {name:<11} {bits:.3f}" for name, bits in rows]
     return lines

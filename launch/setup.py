@@ -15,9 +15,9 @@ import jax
 import data.pipeline
 from parallel import mesh as meshes
 from parallel.weight import Table
+from training import flops
 from training import program as programs
 from training.checkpoint import CheckpointError, Checkpoints
-from training.flops import model_flops
 from training.loop import NotFiniteError
 from training.metrics import MetricsError
 
@@ -55,15 +55,13 @@ def reopen(workdir: str | None, changes: Mapping | None = None) -> tuple[Setup, 
         setup = build(config)
         if setup.data.fingerprint != header["fingerprint"]:
             print(
-                f"note: the corpus has fingerprint {setup.data.fingerprint} and the run was trained "
+                f"note: the corpus has fingerprint {setup.data.fingerprint} and the run trained "
                 f"on {header['fingerprint']}, so held-out files may have been trained on",
                 file=sys.stderr,
             )
         state = setup.program.state
         averaged = "ema" in state.aux
-        params, _ = checkpoints.restore_params(
-            None, state.params, aux="ema" if averaged else None
-        )
+        params, _ = checkpoints.restore_params(None, state.params, aux="ema" if averaged else None)
         if "frozen" in state.aux:
             frozen, _ = checkpoints.restore_params(None, state.aux["frozen"], aux="frozen")
             params = frozen | params
@@ -72,11 +70,12 @@ def reopen(workdir: str | None, changes: Mapping | None = None) -> tuple[Setup, 
 
 def header(setup: Setup) -> dict:
     """What metrics.jsonl and checkpoints say of a run: all that decides its numbers."""
-    program, device = setup.program, setup.mesh.devices.flat[0]
+    program, device, work = setup.program, setup.mesh.devices.flat[0], flops_per_token(setup)
     return {
         "config": _plain(setup.config),
         "parameters": parameter_counts(program.table),
-        "flops_per_token": flops_per_token(setup),
+        "flops_per_token": dataclasses.asdict(work)
+        | {"visible": work.visible, "full_square": work.full_square},
         "fingerprint": setup.data.fingerprint,
         "seed": setup.config["seed"],
         "device": {"kind": device.device_kind, "count": setup.mesh.devices.size},
@@ -85,14 +84,29 @@ def header(setup: Setup) -> dict:
     }
 
 
-def flops_per_token(setup: Setup) -> float:
-    """Of the model, forward and backward, recomputation left out."""
-    program = setup.program
-    params = dict(program.state.aux.get("frozen", {})) | program.state.params
-    A, b, L = program.batch.inputs.shape
-    row = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape[1:], x.dtype), program.batch)
-    plain = {path: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype) for path, leaf in params.items()}
-    return model_flops(program.evaluate, plain, row) / (b * L)
+def flops_per_token(setup: Setup) -> flops.ModelFlops:
+    """Of the model, forward and backward, recomputation left out (see training/flops.py)."""
+    config = reference_kernels(setup.config)
+    program = programs.build(config, setup.mesh, setup.data.vocab_size)
+    params = program.state.aux.get("frozen", {}) | program.state.params
+    b, L = setup.program.batch.inputs.shape[1:]
+    rows = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape[1:], x.dtype), setup.program.batch)
+    masked = program.model(params).masked_flops(L) if config["model"]["causal"] else 0.0
+    return flops.model(program.evaluate, params, rows, tokens=b * L, masked=masked)
+
+
+def reference_kernels(config: Mapping) -> Mapping:
+    """The config with plain implementations, whose operations can be counted, and no remat."""
+
+    def plain(methods: Mapping) -> Mapping:
+        return {
+            name: own | ({"implementation": "reference"} if "implementation" in own else {})
+            for name, own in methods.items()
+        }
+
+    model = config["model"]
+    changed = {name: plain(model[name]) for name in ("mixers", "blocks", "ffns")}
+    return config | {"model": model | changed | {"remat": "none"}}
 
 
 def parameter_counts(table: Table) -> dict[str, int]:

@@ -32,7 +32,7 @@ def main() -> None:
             mesh=built.mesh,
             workdir=folder,
             header=head,
-            flops=head["flops_per_token"],
+            flops=head["flops_per_token"]["visible"],
             sample=sample,
         )
         outcome = loop.run(job)

@@ -24,7 +24,7 @@ def usage(
     draft = compose(path or "base", overrides, root)
     used = used_methods(draft)
     lines = [
-        f"usage: python -m {prog} --config FILE [--config.KEY=VALUE ...] [--FLAG=VALUE ...]",
+        f"usage: uv run {prog} --config FILE [--config.KEY=VALUE ...] [--FLAG=VALUE ...]",
         "",
     ]
     lines += [about, ""] if about else []

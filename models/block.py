@@ -54,7 +54,8 @@ class Block(nnx.Module):
     def __init__(self, dims: Dims, layer: Layer, style: Style, *, rngs: nnx.Rngs):
         if style.norm_position not in NORM_POSITIONS:
             raise ValueError(
-                f"norm_position {style.norm_position!r} is unknown; known: {', '.join(NORM_POSITIONS)}"
+                f"norm_position {style.norm_position!r} is unknown; "
+                f"known: {', '.join(NORM_POSITIONS)}"
             )
         self.style = style
         mixer = importlib.import_module(f"models.mixers.{layer.mixer}").Mixer

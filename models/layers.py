@@ -13,7 +13,7 @@ from parallel.rules import spec
 
 
 class Norm(nnx.Module):
-    """RMSNorm (arXiv 1910.07467) or LayerNorm (arXiv 1607.06450) over the last dimension, in float32."""
+    """RMSNorm (arXiv 1910.07467) or LayerNorm (1607.06450) over the last dimension, in float32."""
 
     def __init__(self, width: int, *, rngs: nnx.Rngs, kind: str = "rmsnorm", eps: float = 1e-6):
         if kind not in ("rmsnorm", "layernorm"):
@@ -93,7 +93,7 @@ def _row_mask(key: Array, row: Array, shape: tuple[int, ...], rate: float) -> Ar
 
 def rope_frequencies(
     width: int, base: float, scaling: str = "none", factor: float = 1.0, original_length: int = 8192
-) -> Float[Array, "K/2"]:
+) -> Float[Array, "half"]:
     """Angular frequencies of rotary positions, radians a token (RoFormer, arXiv 2104.09864).
 
     scaling: 'none'; 'linear' divides all by factor (arXiv 2306.15595); 'llama3' leaves wavelengths
@@ -112,9 +112,9 @@ def rope_frequencies(
 
 
 def rope(
-    x: Float[Array, "B L H K"], positions: Int[Array, "B L"], freq: Float[Array, "K/2"]
+    x: Float[Array, "B L H K"], positions: Int[Array, "B L"], freq: Float[Array, "half"]
 ) -> Float[Array, "B L H K"]:
-    """x rotated by its positions; dimension i is paired with i + K/2 (the GPT-NeoX and Llama order)."""
+    """x rotated by its positions; dimension i is paired with i + K/2 (GPT-NeoX's order)."""
     angle = positions[:, :, None, None].astype(jnp.float32) * freq[None, None, None]
     cos, sin = jnp.cos(angle), jnp.sin(angle)
     a, b = jnp.split(x.astype(jnp.float32), 2, axis=-1)

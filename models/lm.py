@@ -54,12 +54,12 @@ class LM(nnx.Module):
         pattern: tuple[str, ...],
         prefix: tuple[str, ...] = (),
         suffix: tuple[str, ...] = (),
-        blocks: Mapping = {},  # noqa: B006
-        mixers: Mapping = {},  # noqa: B006
+        blocks: Mapping = {},
+        mixers: Mapping = {},
         ffn: str = "swiglu",
-        ffns: Mapping = {},  # noqa: B006
+        ffns: Mapping = {},
         head: str = "linear",
-        heads: Mapping = {},  # noqa: B006
+        heads: Mapping = {},
         tied: bool = False,
         norm: str = "rmsnorm",
         norm_position: str = "pre",
@@ -142,6 +142,12 @@ class LM(nnx.Module):
         decode = lambda block, x, ctx, cache: block.decode(x, ctx, cache)
         x, cache = self._layers(decode, self._embed(inputs, ctx), ctx, cache)
         return self._logits(x), cache
+
+    def masked_flops(self, length: int) -> float:
+        """Forward FLOPs a token that full attention squares spend on what a causal mask forbids."""
+        mixers = [block.mixer for block in (*self.prefix, *self.suffix)]
+        mixers += [block.mixer for block in self.blocks for _ in range(self.periods)]
+        return sum(getattr(m, "masked_flops", lambda length: 0.0)(length) for m in mixers)
 
     def _embed(self, inputs, ctx):
         layout = spec("batch", "length", None)

@@ -32,7 +32,7 @@ class Dims:
     scale_residual: bool = True
 
     def normal(self, fan_in: int, residual: bool = False) -> tuple[str, float]:
-        """The start of a matrix with this fan-in, `residual` if it writes to the residual stream."""
+        """The start of a matrix of this fan-in; residual: it writes to the residual stream."""
         std = self.init_std if self.init_std is not None else 1 / math.sqrt(fan_in)
         return "normal", std / math.sqrt(
             2 * self.n_layers
@@ -63,12 +63,12 @@ def _start(rngs: nnx.Rngs, shape: tuple[int, ...], weight: Weight) -> Array:
     )
 
 
-def flatten(state: nnx.State) -> dict[str, Array]:
+def flatten(state) -> dict[str, Array]:
     """A module's state as {path: array}, e.g. 'blocks/0/mixer/q'."""
     return {"/".join(map(str, path)): leaf[...] for path, leaf in nnx.to_flat_state(state)}
 
 
-def restore(state: nnx.State, params: Mapping[str, Array]) -> nnx.State:
+def restore(state, params: Mapping[str, Array]):
     """`flatten` undone: this (abstract) state with its arrays replaced by those of params."""
     flat = [
         (path, leaf.replace(params["/".join(map(str, path))]))
@@ -77,7 +77,7 @@ def restore(state: nnx.State, params: Mapping[str, Array]) -> nnx.State:
     return nnx.from_flat_state(flat)
 
 
-def table(state: nnx.State) -> Table:
+def table(state) -> Table:
     """The parameter table of an (abstract) state."""
     return {
         "/".join(map(str, path)): Entry(leaf.get_metadata("weight"), tuple(leaf.shape))

@@ -11,7 +11,7 @@ from parallel.rules import explicit_axes
 
 
 def gather(x: jax.Array) -> jax.Array:
-    """x with the `fsdp` axis taken out of its sharding; x itself where that axis is not Explicit."""
+    """x with `fsdp` taken out of its sharding; x itself where that axis is not Explicit."""
     if "fsdp" not in explicit_axes():
         return x
     return jax.reshard(x, PartitionSpec(*map(_without_fsdp, jax.typeof(x).sharding.spec)))

@@ -71,5 +71,5 @@ def constrain(x: jax.Array, *names: str | None) -> jax.Array:
 
 
 def layout(like: jax.ShapeDtypeStruct) -> PartitionSpec:
-    """The PartitionSpec of an abstract array, which has no sharding at all where it is replicated."""
+    """The PartitionSpec of an abstract array, which has no sharding where it is replicated."""
     return PartitionSpec() if like.sharding is None else like.sharding.spec

@@ -14,7 +14,10 @@ from training.loss import Loss, counts
 
 
 def value_and_grad(loss: Loss, params: dict, batch, context):
-    """(scalar, metrics, totals, gradient) of a Batch `[A b L]`; context(micro, totals) -> Context."""
+    """(scalar, metrics, totals, gradient) of a Batch `[A b L]`.
+
+    context(micro, totals) -> Context.
+    """
     known = counts(batch)
     if batch.inputs.shape[0] == 1:
         sums, gradient = _at_once(loss, params, known, jax.tree.map(lambda x: x[0], batch), context)

@@ -43,26 +43,28 @@ _PEAK = {
     "NVIDIA H200": 989.4e12,
     "NVIDIA B200": 2250e12,
 }
-_ELEMENTWISE = frozenset(
-    "abs acos acosh add add_any and asin asinh atan atan2 atanh cbrt ceil clamp cos cosh digamma div "
-    "eq erf erf_inv erfc exp exp2 expm1 floor ge gt integer_pow is_finite le lgamma log log1p "
+_ELEMENTWISE = (
+    "abs acos acosh add add_any and asin asinh atan atan2 atanh cbrt ceil clamp cos cosh digamma "
+    "div eq erf erf_inv erfc exp exp2 expm1 floor ge gt integer_pow is_finite le lgamma log log1p "
     "logistic lt max min mul ne neg nextafter not or pow rem round rsqrt select_n sign sin sinh "
-    "sqrt square sub tan tanh xor".split()
+    "sqrt square sub tan tanh xor"
 )
-_REDUCTIONS = frozenset(
+_REDUCTIONS = (
     "argmax argmin cumlogsumexp cummax cummin cumprod cumsum reduce_and reduce_max reduce_min "
-    "reduce_or reduce_prod reduce_sum reduce_xor".split()
+    "reduce_or reduce_prod reduce_sum reduce_xor"
 )
 # Work that no formula here covers: named in `unknown` rather than passed over in silence.
-_OPAQUE = frozenset(
-    "cholesky core_map custom_call eig eigh ffi_call householder_product lu lu_pivots_to_permutation "
-    "qr schur svd triangular_solve tridiagonal tridiagonal_solve".split()
-)
+_OPAQUE = "cholesky core_map custom_call eig eigh ffi_call lu qr schur svd triangular_solve"
+_KIND = {
+    name: kind
+    for kind, names in (("map", _ELEMENTWISE), ("reduce", _REDUCTIONS), ("opaque", _OPAQUE))
+    for name in names.split()
+}
 
 
 @dataclasses.dataclass(frozen=True)
 class Flops:
-    """matmul, elementwise: operations; unknown: what was counted as once or as nothing, in words."""
+    """matmul, elementwise: operations. unknown: what was counted once or as nothing, in words."""
 
     matmul: int = 0
     elementwise: int = 0
@@ -79,7 +81,7 @@ class Flops:
 @dataclasses.dataclass(frozen=True)
 class ModelFlops:
     """Of one token. forward: matmul FLOPs of a forward pass that computes full attention squares;
-    masked: those of them spent on pairs that the mask forbids (see `masked`)."""
+    masked: those of them spent on pairs that the mask forbids (mixers know theirs)."""
 
     forward: float
     masked: float = 0.0
@@ -98,16 +100,16 @@ class ModelFlops:
 def count(fn, *args, trips: int | None = None) -> Flops:
     """The FLOPs of fn(*args), counted on its jaxpr; nothing is computed and no array is made.
 
-    args: arrays or ShapeDtypeStructs. trips: how often each while loop runs whose trip count the
-    jaxpr does not say; without it such a loop counts once and is named in `unknown`.
+    args: arrays or ShapeDtypeStructs, with their shardings. trips: how often each while loop runs
+    whose trip count the jaxpr does not say; without it such a loop counts once and is named in
+    `unknown`.
 
     A scan counts length times its body; a cond its dearest branch; a shard_map all its shards; a
     Pallas call what its CostEstimate says, otherwise nothing and it is named in `unknown`. Work
     whose result nobody uses is not counted, as the compiler drops it. Convolutions do not count
     padding; FFTs count 5 n log2 n, under elementwise.
     """
-    shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), args)
-    jaxpr = jax.make_jaxpr(fn)(*shapes).jaxpr
+    jaxpr = jax.make_jaxpr(fn)(*args).jaxpr
     jaxpr, _ = partial_eval.dce_jaxpr(jaxpr, [True] * len(jaxpr.outvars))
     return _jaxpr(jaxpr, trips)
 
@@ -126,17 +128,6 @@ def model(forward, *args, tokens: int, masked: float = 0.0) -> ModelFlops:
             f"The model's FLOPs are not known, because of: {'; '.join(flops.unknown)}."
         )
     return ModelFlops(flops.matmul / tokens, masked)
-
-
-def masked(length: int, heads: int, head_dim: int, window: int | None = None) -> float:
-    """Forward FLOPs a token that full-square causal attention spends on forbidden pairs, one layer.
-
-    Scores and weighted sum cost 4 H K a pair; of L keys a token sees (L + 1) / 2 on average, fewer
-    where it sees only the last `window`. Packing is ignored, as is usual.
-    """
-    window = min(window or length, length)
-    seen = window * (2 * length - window + 1) / (2 * length)
-    return 4 * heads * head_dim * (length - seen)
 
 
 def peak(device_kind: str, dtype="bfloat16") -> float | None:
@@ -164,9 +155,9 @@ def _equation(eqn, trips) -> Flops:
     walk = functools.partial(_jaxpr, trips=trips)
     if name in _MATMULS:
         return Flops(matmul=_MATMULS[name](eqn))
-    if name in _ELEMENTWISE:
+    if _KIND.get(name) == "map":
         return Flops(elementwise=_size(eqn.outvars[0]))
-    if name in _REDUCTIONS:
+    if _KIND.get(name) == "reduce":
         return Flops(elementwise=_size(eqn.invars[0]))
     if name == "fft":
         n = math.prod(params["fft_lengths"])
@@ -184,7 +175,7 @@ def _equation(eqn, trips) -> Flops:
         return walk(_open(params["jaxpr"])) * shards
     if name == "pallas_call":
         return _pallas(params)
-    if name in _OPAQUE:
+    if _KIND.get(name) == "opaque":
         return Flops(unknown=(f"{name}, counted as nothing",))
     if name.startswith(("scatter", "reduce", "select_and_")):
         return Flops(elementwise=_size(eqn.invars[-1]))  # their jaxprs are of scalars
@@ -222,22 +213,14 @@ def _ragged_dot(eqn) -> int:
 
 
 def _conv(eqn) -> int:
-    """2 * batch * channels out * channels in of a group * (output, tap) pairs that meet an input."""
+    """2 * batch * channels out * channels in a group * (output, tap) pairs that meet an input."""
     numbers = eqn.params["dimension_numbers"]
     x, kernel, out = (v.aval.shape for v in (*eqn.invars, *eqn.outvars))
     flops = 2 * out[numbers.out_spec[0]] * out[numbers.out_spec[1]] * kernel[numbers.rhs_spec[1]]
-    for i, (stride, pad, hole, spread) in enumerate(
-        zip(
-            eqn.params["window_strides"],
-            eqn.params["padding"],
-            eqn.params["lhs_dilation"],
-            eqn.params["rhs_dilation"],
-            strict=True,
-        ),
-        start=2,
-    ):
+    keys = ("window_strides", "padding", "lhs_dilation", "rhs_dilation")
+    for i, window in enumerate(zip(*(eqn.params[k] for k in keys), strict=True), start=2):
         sizes = x[numbers.lhs_spec[i]], kernel[numbers.rhs_spec[i]], out[numbers.out_spec[i]]
-        flops *= _pairs(*sizes, stride, pad[0], hole, spread)
+        flops *= _pairs(*sizes, *window)
     return flops
 
 
@@ -246,7 +229,7 @@ def _pairs(inputs, taps, outputs, stride, pad, hole, spread) -> int:
     few, many = sorted(((taps, spread), (outputs, stride)))
     total = 0
     for i in range(few[0]):
-        at = i * few[1] + np.arange(many[0]) * many[1] - pad
+        at = i * few[1] + np.arange(many[0]) * many[1] - pad[0]
         total += int(np.sum((at >= 0) & (at <= (inputs - 1) * hole) & (at % hole == 0)))
     return total
 

@@ -17,7 +17,7 @@ Sums = dict[str, Array]
 
 
 def counts(batch: Batch) -> Sums:
-    """Sums known from the batch alone: `weight` of all targets and `tokens` that are not padding."""
+    """Sums known from the batch alone: `weight` of targets, `tokens` that are not padding."""
     return {
         "weight": jnp.sum(batch.weights),
         "tokens": jnp.sum((batch.segment_ids > 0).astype(jnp.float32)),

@@ -30,6 +30,10 @@ class Tokenizer:
         data = text.encode() if isinstance(text, str) else text
         return np.frombuffer(data, np.uint8).astype(np.int32)
 
+    def encode_prompt(self, text: str | bytes) -> np.ndarray:
+        """Ids of the beginning of a document: `<eos>`, then the text."""
+        return np.concatenate([np.array([self.eos], np.int32), self.encode(text)])
+
     def decode(self, ids) -> str:
         """Text of ids; bytes that are not UTF-8 become the replacement character.
 

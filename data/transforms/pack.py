@@ -67,3 +67,15 @@ class Packer:
             segment_ids=np.where(valid, document - document[:, :1] + 1, 0).astype(np.int32),
             positions=np.where(valid, positions, 0).astype(np.int32),
         )
+
+    def names(self, layout: Layout, order: np.ndarray, chunks: np.ndarray) -> list[str]:
+        """Documents that rows `chunks` hold tokens of, in the order they are met."""
+        begin = chunks.astype(np.int64) * self.length
+        end = np.minimum(begin + self.length, self.total)
+        spans = (np.searchsorted(layout.starts, at, side="right") - 1 for at in (begin, end - 1))
+        met = [
+            self.documents.names[order[k]]
+            for a, b in zip(*spans, strict=True)
+            for k in range(a, b + 1)
+        ]
+        return list(dict.fromkeys(met))

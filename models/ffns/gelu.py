@@ -1,4 +1,4 @@
-"""The two-layer network of the transformer with GELU, y = gelu(x W_up) W_down (arXiv 1606.08415)."""
+"""The transformer's two-layer network with GELU, y = gelu(x W_up) W_down (arXiv 1606.08415)."""
 
 import jax
 from flax import nnx

@@ -1,4 +1,4 @@
-"""SwiGLU, y = (silu(x W_gate) * (x W_up)) W_down (GLU Variants Improve Transformer, arXiv 2002.05202)."""
+"""SwiGLU, y = (silu(x W_gate) * (x W_up)) W_down (GLU Variants, arXiv 2002.05202)."""
 
 import jax
 import jax.numpy as jnp
@@ -12,7 +12,7 @@ from parallel.rules import spec
 
 
 class FFN(nnx.Module):
-    """width: F; None is 8/3 D rounded up to a multiple of 64, the parameters of a plain 4 D layer."""
+    """width: F; None is 8/3 D rounded up to a multiple of 64, about a 4 D layer's parameters."""
 
     def __init__(self, dims: Dims, *, rngs: nnx.Rngs, width: int | None = None, bias: bool = False):
         D, F = dims.d_model, width or -(-8 * dims.d_model // (3 * 64)) * 64

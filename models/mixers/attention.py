@@ -1,9 +1,9 @@
 """Softmax attention with grouped queries.
 
 Attention Is All You Need (arXiv 1706.03762), o_i = sum_j softmax_j(q_i . k_j / sqrt(K)) v_j.
-Grouped queries: arXiv 2305.13245. Sliding window: arXiv 2004.05150. Query/key norm: RMSNorm per head
-with a learned scale, before the rotation (arXiv 2302.05442 uses LayerNorm). Soft cap: cap * tanh(s /
-cap) on the scores (Gemma 2, arXiv 2408.00118).
+Grouped queries: arXiv 2305.13245. Sliding window: arXiv 2004.05150. Query/key norm: RMSNorm a head
+with a learned scale, before the rotation (arXiv 2302.05442 uses LayerNorm). Soft cap:
+cap * tanh(s / cap) on the scores (Gemma 2, arXiv 2408.00118).
 """
 
 import jax.numpy as jnp
@@ -116,6 +116,17 @@ class Mixer(nnx.Module):
         y = jnp.einsum("blhk,hkd->bld", o, self.out[...].astype(o.dtype), out_sharding=layout)
         return add_bias(y, self.out_bias)
 
+    def masked_flops(self, length: int) -> float:
+        """Forward FLOPs a token of the reference on pairs that a causal mask forbids.
+
+        Scores and weighted sum cost 4 H K a pair, and of L keys a token sees the last min(i, w).
+        Packing is ignored, as is usual.
+        """
+        H, K = self.q.shape[-2:]
+        w = self._slots(length)
+        seen = w * (2 * length - w + 1) / (2 * length)
+        return 4 * H * K * (length - seen)
+
     def state_size(self, length: int) -> int:
         """Elements of the decoding state of one sequence of this many tokens."""
         _, G, K = self.kv.shape[-3:]
@@ -125,7 +136,7 @@ class Mixer(nnx.Module):
         return length if self.window is None else min(self.window, length)
 
     def init_cache(self, B: int, length: int, dtype: str) -> dict[str, Array]:
-        """Keys and values of the last `window` tokens (all without one): position p is in slot p % T."""
+        """Keys and values of the last `window` tokens, position p in slot p % T."""
         _, G, K = self.kv.shape[-3:]
         shape, layout = (B, self._slots(length), G, K), spec("batch", None, "heads", None)
         return {name: jnp.zeros(shape, dtype, out_sharding=layout) for name in ("k", "v")}

@@ -64,7 +64,7 @@ def test_help_lists_flags_keys_values_and_meanings(capsys):
         parse(["--help"], prog="launch.x", about="It does this.", flags=own)
     out, err = capsys.readouterr()
     assert (caught.value.code, err) == (0, "")
-    assert "usage: python -m launch.x" in out
+    assert "usage: uv run launch.x" in out
     assert "It does this." in out
     assert "text to go on from (default hi)" in out
     for name, key in shared_keys().items():

@@ -1,0 +1,126 @@
+"""Which implementation runs where: the target's platform, the choice, and the step into a shard.
+
+A kernel sees one shard. `local` enters it from code whose mesh axes are Explicit. A `shard_map` nested
+in another loses its gradient, so kernels call `local` inside the two rules of a `jax.custom_vjp`,
+never around one: then nothing differentiates through it.
+"""
+
+import math
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax
+from jax.sharding import PartitionSpec, get_abstract_mesh
+
+
+def platform() -> str:
+    """'cpu', 'gpu' or 'tpu': of the devices the program is traced for, which may not be here."""
+    device = get_abstract_mesh().abstract_device
+    name = jax.default_backend() if device is None else device.platform
+    return "gpu" if name in ("cuda", "rocm") else name
+
+
+def device_kind() -> str:
+    """The target's name as its maker gives it, as in 'NVIDIA H200' or 'TPU v5p'."""
+    device = get_abstract_mesh().abstract_device
+    return jax.devices()[0].device_kind if device is None else device.device_kind
+
+
+def pick(implementations: Mapping[str, Callable], implementation: str | None, *args, **kwargs):
+    """Calls the named implementation, or with None the first that does not decline.
+
+    An implementation declines a shape, an option or a platform with NotImplementedError. A named one
+    is the caller's wish, so its refusal is not caught.
+
+    Raises:
+      ValueError: the name is not known.
+      NotImplementedError: the named one, or every one, declines.
+    """
+    if implementation is not None:
+        if implementation not in implementations:
+            known = ", ".join(implementations)
+            raise ValueError(f"No implementation is called {implementation!r}; there are: {known}.")
+        return implementations[implementation](*args, **kwargs)
+    refusals = []
+    for name, function in implementations.items():
+        try:
+            return function(*args, **kwargs)
+        except NotImplementedError as refusal:
+            refusals.append(f"{name}: {refusal}")
+    raise NotImplementedError("Every implementation declines. " + "; ".join(refusals))
+
+
+def spec(x) -> PartitionSpec | None:
+    """How an array is split over the Explicit mesh axes, by its type; None for None."""
+    return None if x is None else jax.typeof(x).sharding.spec
+
+
+def split(x, dim: int) -> tuple[str, ...]:
+    """The Explicit mesh axes, of more than one device, that dimension `dim` of x is split over."""
+    entry = tuple(spec(x))[dim]
+    names = entry if isinstance(entry, tuple) else () if entry is None else (entry,)
+    sizes = get_abstract_mesh().shape
+    return tuple(name for name in names if sizes[name] > 1)
+
+
+def vary(*args) -> tuple:
+    """Marks every array as varying over the manual axes that any of them varies over; keeps None.
+
+    Inside a `shard_map` that checks such types, call this before a custom_vjp: the gradient of an
+    argument that was the same on all devices is then summed by JAX and not by the kernel.
+    """
+    return _mark(args, _varying(args))
+
+
+def local(fn: Callable, *, follow: Any, whole: Mapping[int, Mapping[int, str]] | None = None):
+    """Runs `fn` on the shards of its arguments; without Explicit mesh axes, on the arguments.
+
+    Args:
+      fn: takes arrays (or None) by position and returns a tree of arrays.
+      follow: how outputs are split: the index of the argument that an output is split like, in a
+        tree like the outputs, or a function from the arguments' specs to the outputs' specs.
+      whole: argument index -> {dimension: its name}: dimensions that fn needs in one piece.
+
+    Raises:
+      ValueError: a dimension in `whole` is split over more than one device.
+    """
+
+    def sharded(*args):
+        axes = set(get_abstract_mesh().explicit_axes)
+        if not axes:
+            return fn(*args)
+        for index, dims in (whole or {}).items():
+            _check_whole(index, args[index], dims)
+        specs = tuple(map(spec, args))
+        out = follow(*specs) if callable(follow) else jax.tree.map(lambda i: specs[i], follow)
+        # Kernel calls carry no types of variation, hence check_vma=False and the marks put back.
+        call = jax.shard_map(
+            fn, in_specs=specs, out_specs=out, axis_names=axes, check_vma=False
+        )
+        return _mark(call(*args), _varying(args))
+
+    return sharded
+
+
+def _check_whole(index: int, x, dims: Mapping[int, str]):
+    for dim, name in dims.items():
+        if x is not None and (axes := split(x, dim)):
+            shards = math.prod(get_abstract_mesh().shape[a] for a in axes)
+            raise ValueError(
+                f"The {name} of argument {index} (dimension {dim}, size {x.shape[dim]}) is split "
+                f"{shards} ways over mesh axes {axes}, but this kernel needs it in one piece: "
+                f"reshard it first, or use a method of parallel/ made for that axis."
+            )
+
+
+def _varying(args) -> frozenset:
+    types = [jax.typeof(x).manual_axis_type for x in jax.tree.leaves(args)]
+    return frozenset().union(*(t.varying for t in types))
+
+
+def _mark(tree, axes: frozenset):
+    def mark(x):
+        missing = axes - jax.typeof(x).manual_axis_type.varying
+        return jax.lax.pcast(x, tuple(sorted(missing)), to="varying") if missing else x
+
+    return jax.tree.map(mark, tree)

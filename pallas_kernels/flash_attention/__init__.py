@@ -1,0 +1,159 @@
+"""Attention with causality, windows, packed segments, grouped queries and capped scores."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
+from jax.sharding import PartitionSpec
+from jaxtyping import Array, Float, Int
+
+from pallas_kernels import dispatch
+from pallas_kernels.flash_attention import reference, xla
+from pallas_kernels.flash_attention.reference import Options
+
+# In the order in which implementation=None tries them. Each offers `forward` and `backward`.
+IMPLEMENTATIONS = {"xla": xla, "reference": reference}
+NAMES = {0: {1: "length", 3: "head_dim"}, 1: {1: "length", 3: "head_dim"}}
+NAMES |= {2: {1: "length", 3: "value_dim"}, 3: {1: "length"}, 4: {1: "length"}}
+
+
+def flash_attention(
+    q: Float[Array, "B L H K"],
+    k: Float[Array, "B S G K"],
+    v: Float[Array, "B S G V"],
+    *,
+    q_segments: Int[Array, "B L"] | None = None,
+    kv_segments: Int[Array, "B S"] | None = None,
+    causal: bool = True,
+    window: int | None = None,
+    softcap: float | None = None,
+    scale: float | None = None,
+    return_lse: bool = False,
+    implementation: str | None = None,
+) -> Float[Array, "B L H V"] | tuple[Float[Array, "B L H V"], Float[Array, "B L H"]]:
+    """Softmax attention, `o_i = sum_j exp(s_ij - lse_i) v_j`, `lse_i = log sum_j exp(s_ij)`.
+
+    `s_ij = cap(scale q_i . k_j)` over the keys j that query i sees, `cap(s) = c tanh(s / c)` with a
+    softcap c. Query i stands at the keys' position `i + S - L` (aligned at the end); it sees key j
+    if all of these hold: causal: `j <= i + S - L`; window w: `i + S - L - j < w`, and without
+    causal also `j - i - S + L < w`; segments: both have the same one, and it is not 0. A query that
+    sees nothing has o = 0, lse = -inf and gives no gradient. Query head h reads key head
+    `h // (H / G)`. Sums, softmax and lse are float32; products are of the inputs' dtype.
+
+    Under Explicit mesh axes batch and heads may be split; differentiable once, in reverse mode.
+    The output and lse bear the checkpoint name 'attention', so that remat can keep them.
+
+    Args:
+      q, k, v: queries, keys and values of one dtype.
+      q_segments, kv_segments: documents of a packed row, 0 is padding; both or neither.
+      causal: whether a query sees no later key.
+      window: number of tokens seen, with one's own; without causal, on each side.
+      softcap: bound of the scores' size.
+      scale: factor of the scores, K**-0.5 by default.
+      return_lse: whether to return (o, lse); lse has a gradient too.
+      implementation: name in IMPLEMENTATIONS; None takes the first that can.
+
+    Returns:
+      o [B L H V] in q's dtype, and with return_lse also lse [B L H] float32.
+
+    Raises:
+      ValueError: shapes, dtypes or options do not fit, an unknown implementation, or length, head
+        or value dimension split over a mesh axis, or q, k, v split in different ways.
+      NotImplementedError: a named implementation cannot do this.
+
+    Source: FlashAttention-2, arXiv 2307.08691; softcap after Gemma 2, arXiv 2408.00118.
+    """
+    _check_shapes(q, k, v, q_segments, kv_segments)
+    _check_options(window, softcap)
+    _check_split(q, k, v)
+    q_segments, kv_segments = (_split_like(x, q) for x in (q_segments, kv_segments))
+    options = Options(causal, window, softcap, q.shape[3] ** -0.5 if scale is None else scale)
+    args = dispatch.vary(q, k, v, q_segments, kv_segments)
+    o, lse = _attend(options, implementation, *args)
+    return (o, lse) if return_lse else o
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
+def _attend(options: Options, implementation: str | None, q, k, v, q_segments, kv_segments):
+    choices = {name: module.forward for name, module in IMPLEMENTATIONS.items()}
+    run = lambda *args: dispatch.pick(choices, implementation, *args, options)
+    like_q = lambda q, *_: (q, PartitionSpec(*q[:3]))
+    return dispatch.local(run, follow=like_q, whole=NAMES)(q, k, v, q_segments, kv_segments)
+
+
+def _attend_fwd(options: Options, implementation: str | None, *args):
+    o, lse = (checkpoint_name(x, "attention") for x in _attend(options, implementation, *args))
+    return (o, lse), (*args, o, lse)
+
+
+def _attend_bwd(options: Options, implementation: str | None, kept, cotangents):
+    q, k = kept[:2]
+    choices = {name: module.backward for name, module in IMPLEMENTATIONS.items()}
+    # One key head for all queries may be whole where query heads are split: its gradients add up.
+    shared = tuple(a for a in dispatch.split(q, 2) if a not in dispatch.split(k, 2))
+
+    def run(*args):
+        dq, dk, dv = dispatch.pick(choices, implementation, *args, options)
+        return (dq, *jax.lax.psum((dk, dv), shared)) if shared else (dq, dk, dv)
+
+    do, dlse = cotangents
+    dlse = jnp.where(kept[-1] == -jnp.inf, 0.0, dlse)  # nothing seen, nothing to change
+    grads = dispatch.local(run, follow=(0, 1, 2), whole=NAMES)(*kept, do, dlse)
+    return (*grads, None, None)
+
+
+_attend.defvjp(_attend_fwd, _attend_bwd)
+
+
+def _check_shapes(q, k, v, q_segments, kv_segments):
+    if q.ndim != 4 or k.ndim != 4 or v.ndim != 4:
+        shapes = f"q {q.shape}, k {k.shape}, v {v.shape}"
+        raise ValueError(f"Attention takes q [B L H K], k [B S G K], v [B S G V], not {shapes}.")
+    (B, L, H, K), (_, S, G, _) = q.shape, k.shape
+    if k.shape != (B, S, G, K) or v.shape[:3] != (B, S, G):
+        raise ValueError(
+            f"q {q.shape} wants k {(B, 'S', 'G', K)} and v {(B, 'S', 'G', 'V')}, but they are "
+            f"{k.shape} and {v.shape}."
+        )
+    if H % G:
+        raise ValueError(f"{H} query heads cannot share {G} key heads: {H} % {G} is {H % G}.")
+    if not q.dtype == k.dtype == v.dtype:
+        raise ValueError(f"q, k, v need one dtype, not {q.dtype}, {k.dtype}, {v.dtype}.")
+    if (q_segments is None) != (kv_segments is None):
+        raise ValueError("Give both q_segments and kv_segments, or neither.")
+    if q_segments is not None and (q_segments.shape, kv_segments.shape) != ((B, L), (B, S)):
+        raise ValueError(
+            f"Segments must be {(B, L)} and {(B, S)}, not {q_segments.shape} and "
+            f"{kv_segments.shape}."
+        )
+
+
+def _check_options(window: int | None, softcap: float | None):
+    if window is not None and window < 1:
+        raise ValueError(f"window counts the tokens seen, with one's own: {window} is less than 1.")
+    if softcap is not None and softcap <= 0:
+        raise ValueError(f"softcap bounds the scores' size: {softcap} is not positive.")
+
+
+def _check_split(q, k, v):
+    for name, x in (("k", k), ("v", v)):
+        if dispatch.split(x, 0) != dispatch.split(q, 0):
+            raise ValueError(f"The batch of q is split like {dispatch.spec(q)}, but that of {name} "
+                             f"like {dispatch.spec(x)}.")
+        heads = dispatch.split(x, 2)
+        if heads != dispatch.split(q, 2) and (heads or x.shape[2] > 1):
+            raise ValueError(
+                f"q has {q.shape[2]} heads split like {dispatch.spec(q)}, {name} {x.shape[2]} "
+                f"like {dispatch.spec(x)}: split both alike, or repeat the key heads until the "
+                f"mesh axis divides them."
+            )
+    if dispatch.split(k, 2) != dispatch.split(v, 2):
+        raise ValueError(f"k is split like {dispatch.spec(k)}, v like {dispatch.spec(v)}.")
+
+
+def _split_like(segments, q):
+    """Segments, with their batch split over the mesh as that of q is."""
+    if segments is None or dispatch.split(segments, 0) == dispatch.split(q, 0):
+        return segments
+    return jax.reshard(segments, PartitionSpec(dispatch.spec(q)[0], dispatch.spec(segments)[1]))

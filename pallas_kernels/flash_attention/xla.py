@@ -1,0 +1,273 @@
+"""Attention in blocks, in plain XLA: memory grows with L, and blocks nobody sees are skipped.
+
+The R = H/G query heads of a key head stand under each other as the rows of one matrix, N = L R of
+them with a token's heads together, so that keys are never repeated and a block of tokens is a slice
+of rows. A small problem takes a few unrolled tiles, each as wide as its queries see; a large one two
+nested loops over tiles of T tokens and C keys.
+"""
+
+import math
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from pallas_kernels.flash_attention.reference import Options, visible
+
+# Chosen by timing on a 2-core CPU.
+FORWARD, BACKWARD = 1024 * 1024, 256 * 256  # L * S up to which tiles are unrolled
+STATIC = (64, 4)  # then at least 64 tokens a tile, and at most 4 tiles
+LOOP = (256, 512)  # T, C
+FLOOR = float(np.finfo(np.float32).min)
+
+
+def key_range(first: int, last: int, L: int, S: int, options: Options) -> tuple[int, int]:
+    """The keys [start, stop) that some query in [first, last) may see by causality and window."""
+    first, last = first + S - L, last + S - L
+    start, stop = 0, S
+    if options.causal:
+        stop = min(stop, last)
+    elif options.window is not None:
+        stop = min(stop, last + options.window - 1)
+    if options.window is not None:
+        start = max(start, first - options.window + 1)
+    return (start, stop) if start < stop else (0, 0)
+
+
+def key_blocks(L: int, S: int, T: int, C: int, options: Options) -> np.ndarray:
+    """For each block of T queries the blocks of C keys [start, stop) that it visits: int32 [n 2]."""
+    ranges = [key_range(i, min(i + T, L), L, S, options) for i in range(0, L, T)]
+    return np.array([(start // C, math.ceil(stop / C)) for start, stop in ranges], np.int32)
+
+
+def forward(q, k, v, q_segments, kv_segments, options: Options):
+    """o [B L H V] in q's dtype and lse [B L H] float32, as `reference.forward`."""
+    (B, L, H, _), G = q.shape, k.shape[2]
+    run = _forward_static if L * k.shape[1] <= FORWARD else _forward_loop
+    k, v, q_segments = k.swapaxes(1, 2), v.swapaxes(1, 2), _repeat(q_segments, H // G)
+    o, lse = run(_rows(q, G), k, v, q_segments, kv_segments, L, options)
+    return _tokens(o, L).astype(q.dtype), _tokens(lse, L)[..., 0]
+
+
+def backward(q, k, v, q_segments, kv_segments, o, lse, do, dlse, options: Options):
+    """dq, dk, dv for cotangents do [B L H V] and dlse [B L H], scores computed again from lse."""
+    (B, L, H, _), G = q.shape, k.shape[2]
+    run = _backward_static if L * k.shape[1] <= BACKWARD else _backward_loop
+    # With p = exp(s - lse): dS = p (dP - delta). A query that saw nothing must get p = 0.
+    delta = jnp.sum(do.astype(jnp.float32) * o.astype(jnp.float32), -1) - dlse
+    lse = jnp.where(lse == -jnp.inf, jnp.inf, lse)
+    of_rows = [_rows(x, G) for x in (q, do, lse[..., None], delta[..., None])]
+    kv, q_segments = (k.swapaxes(1, 2), v.swapaxes(1, 2)), _repeat(q_segments, H // G)
+    dq, dk, dv = run(*of_rows, *kv, q_segments, kv_segments, L, options)
+    dk, dv = dk.swapaxes(1, 2), dv.swapaxes(1, 2)
+    return _tokens(dq, L).astype(q.dtype), dk.astype(k.dtype), dv.astype(v.dtype)
+
+
+def _rows(x, G: int):
+    """[B L H X] -> [B G LR X]: the R heads of a token, then those of the next."""
+    B, L, H, X = x.shape
+    return x.reshape(B, L, G, H // G, X).swapaxes(1, 2).reshape(B, G, L * H // G, X)
+
+
+def _tokens(x, L: int):
+    """[B G LR X] -> [B L H X]."""
+    B, G, N, X = x.shape
+    return x.reshape(B, G, L, N // L, X).swapaxes(1, 2).reshape(B, L, G * N // L, X)
+
+
+def _repeat(segments, R: int):
+    return segments if segments is None or R == 1 else jnp.repeat(segments, R, axis=1)
+
+
+def _product(a, b, contract: tuple[int, int]):
+    """A matrix product per batch row and key head, summed in float32."""
+    dims = ((contract[:1], contract[1:]), ((0, 1), (0, 1)))
+    return jax.lax.dot_general(a, b, dims, preferred_element_type=jnp.float32)
+
+
+def _bias(rows, columns, q_segments, kv_segments, options: Options):
+    """0 where a row sees a key and -inf elsewhere, [B N C], or None where all is seen.
+
+    The barrier keeps XLA from working the comparisons out once more for every head.
+    """
+    seen = visible(rows, columns, q_segments, kv_segments, options)
+    if seen is None:
+        return None
+    return jax.lax.optimization_barrier(jnp.where(seen, 0.0, -jnp.inf))
+
+
+def _scores(q, k, bias, options: Options):
+    """Capped, masked scores [B G N C] and the cap's derivative (None without a cap)."""
+    s = _product(q, k, (3, 3)) * options.scale
+    slope = None
+    if options.softcap is not None:
+        t = jnp.tanh(s / options.softcap)
+        s, slope = options.softcap * t, 1 - t * t
+    return s if bias is None else s + bias[:, None], slope
+
+
+def _start(q, v):
+    """What rows have before they saw a key: maximum, sum, weighted sum of values."""
+    like = lambda size, fill: jnp.full_like(q, fill, jnp.float32, shape=(*q.shape[:3], size))
+    return like(1, FLOOR), like(1, 0), like(v.shape[3], 0)
+
+
+def _add_tile(carry, q, k, v, bias, options: Options):
+    """Lets rows see the keys of one more tile."""
+    m, total, acc = carry
+    s, _ = _scores(q, k, bias, options)
+    peak = jnp.maximum(m, jnp.max(s, -1, keepdims=True, initial=FLOOR))
+    p, old = jnp.exp(s - peak), jnp.exp(m - peak)
+    total = total * old + jnp.sum(p, -1, keepdims=True)
+    return peak, total, acc * old + _product(p.astype(v.dtype), v, (3, 2))
+
+
+def _finish(carry):
+    """o [B G N V] and lse [B G N 1], float32; 0 and -inf for a row that saw nothing.
+
+    The largest score counts 1, so a total below 1 is 0. (A `where` instead of the maximum keeps XLA
+    on CPU from fusing the tile: measured 4 times slower, with 3 times the memory.)
+    """
+    m, total, acc = carry
+    return acc / jnp.maximum(total, 1.0), m + jnp.log(total)
+
+
+def _tile_gradients(q, do, lse, delta, k, v, bias, options: Options):
+    """What one tile adds to dq [B G N K], dk [B G C K] and dv [B G C V], float32."""
+    s, slope = _scores(q, k, bias, options)
+    p = jnp.exp(s - lse)
+    dv = _product(p.astype(v.dtype), do, (2, 2))
+    ds = p * (_product(do, v, (3, 3)) - delta)
+    ds = ds if slope is None else ds * slope
+    ds = (ds * options.scale).astype(q.dtype)
+    return _product(ds, k, (3, 2)), _product(ds, q, (2, 2)), dv
+
+
+def _static_tiles(q, k, q_segments, kv_segments, L: int, options: Options):
+    """Slices of rows, with the slice of keys that they need and what they see of it."""
+    S, R = k.shape[2], q.shape[2] // L
+    least, most = STATIC
+    T = max(least, math.ceil(L / most))
+    cut = lambda x, part: None if x is None else x[:, part]
+    for i in range(0, L, T):
+        stop = min(i + T, L)
+        rows, keys = slice(i * R, stop * R), slice(*key_range(i, stop, L, S, options))
+        positions = jnp.arange(rows.start, rows.stop) // R + S - L, jnp.arange(S)[keys]
+        segments = cut(q_segments, rows), cut(kv_segments, keys)
+        yield rows, keys, _bias(*positions, *segments, options)
+
+
+def _forward_static(q, k, v, q_segments, kv_segments, L: int, options: Options):
+    done = []
+    for rows, keys, bias in _static_tiles(q, k, q_segments, kv_segments, L, options):
+        part = q[:, :, rows]
+        carry = _add_tile(_start(part, v), part, k[:, :, keys], v[:, :, keys], bias, options)
+        done.append(_finish(carry))
+    return tuple(jnp.concatenate(x, 2) for x in zip(*done, strict=True))
+
+
+def _backward_static(q, do, lse, delta, k, v, q_segments, kv_segments, L: int, options: Options):
+    S, dq, dk, dv = k.shape[2], [], 0.0, 0.0
+    for rows, keys, bias in _static_tiles(q, k, q_segments, kv_segments, L, options):
+        of_rows = (x[:, :, rows] for x in (q, do, lse, delta))
+        part = _tile_gradients(*of_rows, k[:, :, keys], v[:, :, keys], bias, options)
+        around = ((0, 0), (0, 0), (keys.start, S - keys.stop), (0, 0))
+        dq.append(part[0])
+        dk, dv = dk + jnp.pad(part[1], around), dv + jnp.pad(part[2], around)
+    return jnp.concatenate(dq, 2), dk, dv
+
+
+def _forward_loop(q, k, v, q_segments, kv_segments, L: int, options: Options):
+    xs, fetch, _ = _blocks((q,), k, v, q_segments, kv_segments, L, options)
+
+    def query_block(_, block):
+        (start, stop), positions, segments, q_i = block
+
+        def key_block(j, carry):
+            return _add_tile(carry, q_i, *fetch(j, positions, segments), options)
+
+        return None, _finish(jax.lax.fori_loop(start, stop, key_block, _start(q_i, v)))
+
+    _, done = jax.lax.scan(query_block, None, xs)
+    return tuple(_joined(x, q.shape[2]) for x in done)
+
+
+def _backward_loop(q, do, lse, delta, k, v, q_segments, kv_segments, L: int, options: Options):
+    of_rows = (q, do, lse, delta)
+    xs, fetch, padded = _blocks(of_rows, k, v, q_segments, kv_segments, L, options)
+    zeros = lambda x: jnp.zeros_like(x, jnp.float32)
+
+    def query_block(dkv, block):
+        (start, stop), positions, segments, *of_rows = block
+
+        def key_block(j, carry):
+            k_j, v_j, bias = fetch(j, positions, segments)
+            dq, dk, dv = carry
+            part = _tile_gradients(*of_rows, k_j, v_j, bias, options)
+            return dq + part[0], _add_at(dk, j, part[1]), _add_at(dv, j, part[2])
+
+        dq, *dkv = jax.lax.fori_loop(start, stop, key_block, (zeros(of_rows[0]), *dkv))
+        return tuple(dkv), dq
+
+    (dk, dv), dq = jax.lax.scan(query_block, tuple(map(zeros, padded)), xs)
+    S = k.shape[2]
+    return _joined(dq, q.shape[2]), dk[:, :, :S], dv[:, :, :S]
+
+
+def _blocks(of_rows, k, v, q_segments, kv_segments, L: int, options: Options):
+    """Cuts rows into blocks to scan over, and keys into blocks to be fetched.
+
+    Returns:
+      What the scan runs over: key blocks to visit [n 2], positions [n N], segments [n B N] or None,
+      then of_rows, each [n B G N X]; fetch(j, positions, segments) -> k, v and bias of key block j;
+      k and v padded to whole blocks.
+    """
+    N, S = of_rows[0].shape[2], k.shape[2]
+    T, C, R = min(LOOP[0], L), min(LOOP[1], S), N // L
+    if S % C and kv_segments is None:  # so that nobody sees the padding, which gets segment 0
+        q_segments, kv_segments = jnp.ones((1, N), jnp.int32), jnp.ones((1, S), jnp.int32)
+    k, v, kv_segments = _pad(k, C, 2), _pad(v, C, 2), _pad(kv_segments, C, 1)
+
+    def fetch(j, positions, segments):
+        columns = j * C + jnp.arange(C)
+        others = None if kv_segments is None else _cut(kv_segments, j, C, 1)
+        return _cut(k, j, C), _cut(v, j, C), _bias(positions, columns, segments, others, options)
+
+    positions = jnp.arange(N) // R + S - L
+    xs = (key_blocks(L, S, T, C, options), _split(positions, T * R, 0))
+    xs = (*xs, _split(q_segments, T * R, 1), *(_split(x, T * R, 2) for x in of_rows))
+    return xs, fetch, (k, v)
+
+
+def _pad(x, block: int, dim: int):
+    """Zeros behind dimension `dim`, up to a whole number of blocks."""
+    if x is None or x.shape[dim] % block == 0:
+        return x
+    width = [(0, 0)] * x.ndim
+    width[dim] = (0, -x.shape[dim] % block)
+    return jnp.pad(x, width)
+
+
+def _split(x, block: int, dim: int):
+    """[.. N ..] -> [n .. block ..], the last block padded with zeros."""
+    if x is None:
+        return None
+    x = _pad(x, block, dim)
+    x = x.reshape(*x.shape[:dim], -1, block, *x.shape[dim + 1 :])
+    return jnp.moveaxis(x, dim, 0)
+
+
+def _joined(x, N: int):
+    """[n B G block X] -> [B G N X], without the padding."""
+    n, B, G, block, X = x.shape
+    return jnp.moveaxis(x, 0, 2).reshape(B, G, n * block, X)[:, :, :N]
+
+
+def _cut(x, j, block: int, dim: int = 2):
+    return jax.lax.dynamic_slice_in_dim(x, j * block, block, dim)
+
+
+def _add_at(total, j, part):
+    block = part.shape[2]
+    part = part + _cut(total, j, block)
+    return jax.lax.dynamic_update_slice_in_dim(total, part, j * block, 2)
