@@ -7,33 +7,43 @@ Noise belongs to token ids, so that two runs whose logits differ by rounding agr
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float, Int, Key
+from jaxtyping import Array, Float, Int, Key, UInt
 
 
-def keys(seed: int, rows: Int[Array, "B"], positions: Int[Array, "B"]) -> Key[Array, "B"]:
-    """One key a row, from the seed, the row's own number (not its slot) and the position drawn.
+def keys(
+    seed: int | UInt[Array, ""], rows: Int[Array, "B"], positions: Int[Array, "B"]
+) -> Key[Array, "B"]:
+    """One key a row, from the seed, the row's own number and the position drawn.
 
     Always Threefry: the keys of other generators give other bits when they are used in a batch.
     """
     key = jax.random.key(seed, impl="threefry2x32")
+    # Both must be sharded alike to be mapped over; a sum takes the sharding of either.
+    rows, positions = rows + jnp.zeros_like(positions), positions + jnp.zeros_like(rows)
     return jax.vmap(lambda r, p: jax.random.fold_in(jax.random.fold_in(key, r), p))(rows, positions)
 
 
 def sample(
     logits: Float[Array, "B W"],
-    keys: Key[Array, "B"],
+    seed: int | UInt[Array, ""],
+    positions: Int[Array, "B"],
     *,
+    rows: Int[Array, "B"] | None = None,
     temperature: float | Float[Array, "*B"] = 1.0,
     top_k: int | None = None,
     top_p: float | Float[Array, "*B"] = 1.0,
 ) -> Int[Array, "B"]:
-    """Draws one token a row; see `truncate` for the arguments and for what is raised.
+    """Draws one token a row; see `truncate` for the last three arguments and what is raised.
 
+    positions: of the tokens drawn. rows: the rows' own numbers, by default their places here.
     At temperature 0 the largest logit, the first of equal ones. A logit of -inf (the padded
     vocabulary) is never drawn; a row of nothing else gives token 0.
     """
+    rows = jnp.arange(len(logits)) if rows is None else rows
+    logits = _whole_rows(logits)
     kept = truncate(logits, temperature=temperature, top_k=top_k, top_p=top_p)
-    drawn = jax.vmap(jax.random.categorical)(keys, kept)
+    noise = lambda key: jax.random.gumbel(key, logits.shape[1:], jnp.float32)
+    drawn = jnp.argmax(kept + jax.vmap(noise)(keys(seed, rows, positions)), -1)
     greedy = _is_greedy(jnp.asarray(temperature, jnp.float32))
     return jnp.where(greedy, jnp.argmax(logits, -1), drawn).astype(jnp.int32)
 
@@ -57,7 +67,8 @@ def truncate(
     top_k: static, >= 1 (more than W keeps all), None for all. Raises ValueError otherwise, as far
     as the numbers are known before running.
     """
-    _check(temperature, top_k, top_p)
+    check(temperature, top_k, top_p)
+    logits = _whole_rows(logits)
     vocabulary = logits.shape[-1]
     temperature, top_p = _column(temperature), _column(top_p)
     # Relative to the largest logit, a tiny temperature gives 0 and -inf instead of inf - inf.
@@ -79,17 +90,8 @@ def truncate(
     return jnp.where(scaled >= last, scaled, -jnp.inf)
 
 
-def _column(value):
-    value = jnp.asarray(value, jnp.float32)
-    return value[:, None] if value.ndim else value
-
-
-def _is_greedy(temperature):
-    """Zero, or so small that hardware takes it for zero."""
-    return temperature < jnp.finfo(jnp.float32).tiny
-
-
-def _check(temperature, top_k, top_p):
+def check(temperature, top_k, top_p) -> None:
+    """Raises ValueError for what `truncate` does not take; to be called where numbers are known."""
     if top_k is not None and top_k < 1:
         raise ValueError(f"top_k must be at least 1, or None to keep every token, not {top_k}.")
     if not isinstance(temperature, jax.core.Tracer):
@@ -100,3 +102,21 @@ def _check(temperature, top_k, top_p):
         p = np.asarray(top_p)
         if not np.all((p > 0) & (p <= 1)):
             raise ValueError(f"top_p must lie in (0, 1], not {top_p}.")
+
+
+def _whole_rows(logits):
+    """Logits whose vocabulary is not sharded: its order matters here."""
+    sharding = jax.typeof(logits).sharding.spec
+    if len(sharding) < 2 or sharding[1] is None:
+        return logits
+    return jax.reshard(logits, jax.sharding.PartitionSpec(sharding[0], None))
+
+
+def _column(value):
+    value = jnp.asarray(value, jnp.float32)
+    return value[:, None] if value.ndim else value
+
+
+def _is_greedy(temperature):
+    """Zero, or so small that hardware takes it for zero."""
+    return temperature < jnp.finfo(jnp.float32).tiny

@@ -13,15 +13,14 @@ FLAGS = {
 def main() -> None:
     parsed = flags.parse(prog="evaluate", about=ABOUT, flags=FLAGS, needs_config=False)
     platform.choose()
-    from tqdm import tqdm
-
     from launch import setup
     from training.evaluate import held_out
+    from training.progress import bar
 
     with setup.one_sentence("evaluate"):
         built, params, step = setup.reopen(parsed.flags.workdir)
         rows = parsed.flags.batch or built.program.batch.inputs.shape[1]
-        progress = lambda batches: tqdm(batches, desc="held-out", unit="batch")
+        progress = lambda batches: bar(batches, desc="held-out", unit="batch")
         limit = parsed.flags.rows
         score = held_out(
             built.program, params, built.data, built.mesh, rows=rows, limit=limit, progress=progress

@@ -4,7 +4,10 @@ import dataclasses
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import PartitionSpec
 from jaxtyping import Array, Bool, Int, Key, UInt
+
+from parallel.rules import spec
 
 
 @jax.tree_util.register_dataclass
@@ -17,6 +20,7 @@ class Context:
     layer: number of this layer.  totals: sums over the whole global batch that the loss `needs`.
     token_types: sentence A or B (BERT), zeros when None.
     dtype: of the computation.  train: dropout is on.  causal: tokens do not see later ones.
+    decoding: x holds one token a row, so its length is never split over devices.
     taps: names of intermediate sums that a study asked to see in aux.
     """
 
@@ -30,12 +34,18 @@ class Context:
     dtype: str = dataclasses.field(default="float32", metadata={"static": True})
     train: bool = dataclasses.field(default=False, metadata={"static": True})
     causal: bool = dataclasses.field(default=True, metadata={"static": True})
+    decoding: bool = dataclasses.field(default=False, metadata={"static": True})
     taps: tuple[str, ...] = dataclasses.field(default=(), metadata={"static": True})
 
     @property
     def valid(self) -> Bool[Array, "B L"]:
         """Tokens that are not padding."""
         return self.segment_ids > 0
+
+    @property
+    def stream(self) -> PartitionSpec | None:
+        """The layout of the residual stream `[B L D]`, for out_sharding."""
+        return spec("batch", None if self.decoding else "length", None)
 
     def replace(self, **changes) -> "Context":
         return dataclasses.replace(self, **changes)

@@ -9,7 +9,6 @@ from jaxtyping import Array, Float, Int
 
 from models.context import Context
 from models.param import Dims, param
-from parallel.rules import spec
 
 
 class Norm(nnx.Module):
@@ -54,8 +53,8 @@ class TwoLayer(nnx.Module):
         self, x: Float[Array, "B L D"], ctx: Context
     ) -> tuple[Float[Array, "B L D"], dict]:
         h = add_bias(jnp.einsum("bld,df->blf", x, self.up[...].astype(x.dtype)), self.up_bias)
-        layout, down = spec("batch", "length", None), self.down[...].astype(x.dtype)
-        y = jnp.einsum("blf,fd->bld", self.activate(h), down, out_sharding=layout)
+        down = self.down[...].astype(x.dtype)
+        y = jnp.einsum("blf,fd->bld", self.activate(h), down, out_sharding=ctx.stream)
         return add_bias(y, self.down_bias), {}
 
 

@@ -14,7 +14,6 @@ from models.context import Context
 from models.layers import Norm, dropout
 from models.param import Dims, param
 from parallel.fsdp import gather
-from parallel.rules import spec
 
 VOCAB_MULTIPLE = 128
 EMBEDDING_SALT = 2
@@ -139,6 +138,7 @@ class LM(nnx.Module):
 
     def decode(self, inputs: Int[Array, "B 1"], ctx: Context, cache: dict) -> tuple[Array, dict]:
         """Logits `[B 1 W]` of one more token a row, at ctx.positions `[B 1]`."""
+        ctx = ctx.replace(decoding=True)
         decode = lambda block, x, ctx, cache: block.decode(x, ctx, cache)
         x, cache = self._layers(decode, self._embed(inputs, ctx), ctx, cache)
         return self._logits(x), cache
@@ -150,9 +150,8 @@ class LM(nnx.Module):
         return sum(getattr(m, "masked_flops", lambda length: 0.0)(length) for m in mixers)
 
     def _embed(self, inputs, ctx):
-        layout = spec("batch", "length", None)
         look_up = lambda table, at: (
-            gather(table[...].astype(ctx.dtype)).at[at].get(out_sharding=layout)
+            gather(table[...].astype(ctx.dtype)).at[at].get(out_sharding=ctx.stream)
         )
         x = look_up(self.tokens, inputs) * self.embed_scale
         if self.positions is not None:

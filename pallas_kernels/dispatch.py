@@ -1,8 +1,8 @@
 """Which implementation runs where: the target's platform, the choice, and the step into a shard.
 
-A kernel sees one shard. `local` enters it from code whose mesh axes are Explicit. A `shard_map` nested
-in another loses its gradient, so kernels call `local` inside the two rules of a `jax.custom_vjp`,
-never around one: then nothing differentiates through it.
+A kernel sees one shard; `local` enters it from code whose mesh axes are Explicit. JAX cannot
+differentiate a `shard_map` nested in another that checks its types, so kernels call `local` inside
+the two rules of a `jax.custom_vjp`, never around one: then nothing differentiates through it.
 """
 
 import math
@@ -29,8 +29,8 @@ def device_kind() -> str:
 def pick(implementations: Mapping[str, Callable], implementation: str | None, *args, **kwargs):
     """Calls the named implementation, or with None the first that does not decline.
 
-    An implementation declines a shape, an option or a platform with NotImplementedError. A named one
-    is the caller's wish, so its refusal is not caught.
+    An implementation declines a shape, an option or a platform with NotImplementedError. A named
+    one is the caller's wish, so its refusal is not caught.
 
     Raises:
       ValueError: the name is not known.
@@ -90,26 +90,24 @@ def local(fn: Callable, *, follow: Any, whole: Mapping[int, Mapping[int, str]] |
         if not axes:
             return fn(*args)
         for index, dims in (whole or {}).items():
-            _check_whole(index, args[index], dims)
+            _check_whole(args[index], dims)
         specs = tuple(map(spec, args))
         out = follow(*specs) if callable(follow) else jax.tree.map(lambda i: specs[i], follow)
         # Kernel calls carry no types of variation, hence check_vma=False and the marks put back.
-        call = jax.shard_map(
-            fn, in_specs=specs, out_specs=out, axis_names=axes, check_vma=False
-        )
+        call = jax.shard_map(fn, in_specs=specs, out_specs=out, axis_names=axes, check_vma=False)
         return _mark(call(*args), _varying(args))
 
     return sharded
 
 
-def _check_whole(index: int, x, dims: Mapping[int, str]):
+def _check_whole(x, dims: Mapping[int, str]):
     for dim, name in dims.items():
         if x is not None and (axes := split(x, dim)):
             shards = math.prod(get_abstract_mesh().shape[a] for a in axes)
             raise ValueError(
-                f"The {name} of argument {index} (dimension {dim}, size {x.shape[dim]}) is split "
-                f"{shards} ways over mesh axes {axes}, but this kernel needs it in one piece: "
-                f"reshard it first, or use a method of parallel/ made for that axis."
+                f"The {name}, {x.shape[dim]}, is split {shards} ways over mesh axes {axes}, but "
+                f"this kernel needs it in one piece: reshard it first, or use a method of "
+                f"parallel/ made for that axis."
             )
 
 

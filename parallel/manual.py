@@ -15,7 +15,8 @@ What jax 0.11.2 does, and what this file therefore does (each case has a test):
   one's in the mesh, unless every axis is manual then. This raises instead, at size 1 too.
 - `psum_scatter`, and so the gradient of `all_gather`, do not lower while other axes of the mesh
   are Explicit. The two functions here go through the remaining axes as well; being linear, they
-  save nothing, so they may be used in checked regions too.
+  save nothing, so they may be used in checked regions too. (In unchecked ones their gradients
+  also average over the remaining axes, which costs a reduction.)
 
 In an unchecked region a gradient taken inside, with respect to a value that all shards share, is
 each shard's own part; in a checked one it is summed over the shards already.

@@ -1,5 +1,7 @@
 """Which mesh axes a named dimension is split over: the one table that decides every sharding."""
 
+from collections.abc import Callable
+
 import jax
 from jax.sharding import AxisType, PartitionSpec
 
@@ -68,6 +70,15 @@ def constrain(x: jax.Array, *names: str | None) -> jax.Array:
     """Reshard x to the layout these names mean; x itself without Explicit axes."""
     target = spec(*names)
     return x if target is None else jax.reshard(x, target)
+
+
+def automatic(fn: Callable, *names: str | None) -> Callable:
+    """fn with its shardings left to the compiler and its one output laid out by these names.
+
+    For the odd operation whose layout JAX cannot tell from types alone.
+    """
+    out = spec(*names)
+    return fn if out is None else jax.sharding.auto_axes(fn, out_sharding=out)
 
 
 def layout(like: jax.ShapeDtypeStruct) -> PartitionSpec:

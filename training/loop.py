@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import json
 import math
 import pathlib
 import sys
@@ -11,7 +12,6 @@ from typing import Any
 
 import jax
 import numpy as np
-from tqdm import tqdm
 
 from training.checkpoint import CheckpointError, Checkpoints
 from training.evaluate import Score, held_out
@@ -20,7 +20,11 @@ from training.flops import mfu
 from training.interrupt import Interrupt
 from training.metrics import Clock, Log
 from training.program import Program, parameters
+from training.progress import bar
 from training.state import TrainState, to_int
+
+FINAL = "final.json"
+PERIODS = ("save_every", "eval_every", "sample_every")
 
 
 class NotFiniteError(ValueError):
@@ -48,7 +52,7 @@ class Run:
 
 @dataclasses.dataclass(frozen=True)
 class Outcome:
-    """How a run ended: at which step, and the score on the whole held-out split if it is the last.
+    """How a run ended: at which step, and the score of the whole held-out split if it is the last.
 
     stepped: whether this call took any step.
     """
@@ -75,48 +79,62 @@ def run(job: Run) -> Outcome:
         keeping = dict(keep=every["keep"], keep_every=every["keep_every"])
         checkpoints = stack.enter_context(Checkpoints(job.workdir, **keeping))
         state, first = _begin(checkpoints, job)
-        if first >= steps:
-            return Outcome(state, first, stepped=False)
+        if first >= steps and (score := final(job.workdir, first)) is not None:
+            return Outcome(state, first, stepped=False, score=score)
         interrupt = stack.enter_context(Interrupt())
         batches = stack.enter_context(feed(job.data, program.batch, to_int(state.position)))
         watch = stack.enter_context(_Watch(job, first, checkpoints))
         profile = stack.enter_context(_Profile(job.workdir, every))
+        save = lambda: checkpoints.save(state, {"header": dict(job.header)})
 
         # ------------------------------------------------------------ steps
-        pending = None
+        step, pending = first, None
         for step in range(first + 1, steps + 1):
             profile.before(step)
             state, metrics = program.step(state, next(batches))
             if pending is not None:
                 watch.read(*pending)
             pending = step, metrics
-            last = step == steps or interrupt.requested
-            due = lambda key: every[key] is not None and step % every[key] == 0  # noqa: B023
-            if not (last or due("save_every") or due("eval_every") or due("sample_every")):
+            stop = interrupt.requested
+            due = {key: every[key] is not None and step % every[key] == 0 for key in PERIODS}
+            if not (stop or step == steps or any(due.values())):
                 continue
 
             # -------------------------------------------------------- between two steps
             watch.read(*pending)  # only a state known to be finite is saved
             pending = None
             with watch.clock.paused():
-                if last or due("save_every"):
-                    checkpoints.save(state, {"header": dict(job.header)})
-                if due("eval_every") and not last:
+                if stop or step == steps:
+                    save()
+                if due["eval_every"] and step < steps:
                     watch.score(step, _score(job, state, every["eval_rows"]))
-                if due("sample_every") and not last:
+                if due["sample_every"] and step < steps:
                     watch.text(step, state)
-            if last:
+                if due["save_every"] and not (stop or step == steps):
+                    save()
+            if stop:
                 break
 
         # ------------------------------------------------------------ end
-        score = None
-        if step == steps:
-            watch.bar.set_description("held-out")
-            score = _score(job, state, None)
-            watch.score(step, score)
-            watch.text(step, state)
-            watch.log.hparams(dict(config), score.values())
-        return Outcome(state, step, stepped=True, score=score)
+        if step < steps:
+            return Outcome(state, step, stepped=True)
+        watch.bar.set_description("held-out")
+        score = _score(job, state, None)
+        watch.score(step, score)
+        watch.text(step, state)
+        watch.log.hparams(dict(config), score.values())
+        checkpoints.wait()
+        (job.workdir / FINAL).write_text(json.dumps({"step": step} | dataclasses.asdict(score)))
+        return Outcome(state, step, stepped=step > first, score=score)
+
+
+def final(workdir: pathlib.Path, step: int) -> Score | None:
+    """The final score of a run that ended at this step; None where it has none."""
+    path = workdir / FINAL
+    if not path.is_file():
+        return None
+    found = json.loads(path.read_text())
+    return Score(**found) if found.pop("step") == step else None
 
 
 def _begin(checkpoints: Checkpoints, job: Run) -> tuple[TrainState, int]:
@@ -148,15 +166,7 @@ class _Watch:
         leader = jax.process_index() == 0
         self.log = Log(job.workdir, dict(job.header), first or None, enabled=leader)
         self.clock = Clock()
-        self.bar = tqdm(
-            total=job.config["steps"],
-            initial=first,
-            unit="step",
-            dynamic_ncols=True,
-            disable=not leader,
-            # A terminal is redrawn often, a log file gets a line now and then.
-            mininterval=0.2 if sys.stderr.isatty() else 10.0,
-        )
+        self.bar = bar(total=job.config["steps"], initial=first, unit="step", disable=not leader)
 
     def __enter__(self) -> "_Watch":
         return self

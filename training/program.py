@@ -80,8 +80,7 @@ def build(config: Mapping, mesh: jax.sharding.Mesh, vocab: int) -> Program:
             return TrainState(jnp.int32(0), zero, zero, params, tx.init(params), aux)
 
         loss = _loss(config["loss"], lambda params, inputs, ctx: model(params)(inputs, ctx))
-        dropout_key = jax.random.fold_in(jax.random.key(seed), 1)
-        run = step.make(loss, tx, lr, key=dropout_key, context=context, ema=ema)
+        run = step.make(loss, tx, lr, seed=seed, context=context, ema=ema)
         state = _placed(jax.eval_shape(init), mesh)
         # One spelling of each sharding for init, step and restore, or the step compiles again.
         canonical = jax.tree.map(lambda leaf: leaf.sharding, state)

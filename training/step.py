@@ -13,14 +13,17 @@ from training.loss import Loss
 from training.state import TrainState, add, to_float
 
 
-def make(loss: Loss, tx, lr_fn: Callable, *, key, context: dict, ema: float | None) -> Callable:
+def make(
+    loss: Loss, tx, lr_fn: Callable, *, seed: int, context: dict, ema: float | None
+) -> Callable:
     """step(state, batch `[A b L]`) -> (state, metrics).
 
-    key: of dropout; context: static fields of Context (dtype, causal, taps).
+    seed: of dropout; context: static fields of Context (dtype, causal, taps).
     ema: decay of the moving average of the parameters kept in aux['ema'], None for none.
     """
 
     def micro_context(micro: Batch, totals: dict) -> Context:
+        key = jax.random.fold_in(jax.random.key(seed), 1)
         return of_batch(micro, key=key, train=True, totals=totals, **context)
 
     def step(state: TrainState, batch: Batch) -> tuple[TrainState, dict]:

@@ -8,7 +8,6 @@ from jaxtyping import Array, Float
 from models.context import Context
 from models.layers import add_bias
 from models.param import Dims, param
-from parallel.rules import spec
 
 
 class FFN(nnx.Module):
@@ -29,6 +28,6 @@ class FFN(nnx.Module):
     ) -> tuple[Float[Array, "B L D"], dict]:
         h = add_bias(jnp.einsum("bld,dsf->blsf", x, self.up[...].astype(x.dtype)), self.up_bias)
         h = jax.nn.silu(h[:, :, 0]) * h[:, :, 1]
-        layout = spec("batch", "length", None)
-        y = jnp.einsum("blf,fd->bld", h, self.down[...].astype(x.dtype), out_sharding=layout)
+        down = self.down[...].astype(x.dtype)
+        y = jnp.einsum("blf,fd->bld", h, down, out_sharding=ctx.stream)
         return add_bias(y, self.down_bias), {}

@@ -14,7 +14,7 @@ from models.context import Context
 from models.layers import Norm, add_bias, rope, rope_frequencies
 from models.param import Dims, param
 from pallas_kernels.flash_attention import flash_attention
-from parallel.rules import spec
+from parallel.rules import automatic, spec
 
 CASES = (
     {"heads": 4, "kv_heads": 2, "qk_norm": True},
@@ -109,11 +109,11 @@ class Mixer(nnx.Module):
             softcap=self.softcap,
             implementation=self.implementation,
         )
-        return self._write(o)
+        return self._write(o, ctx)
 
-    def _write(self, o):
-        layout = spec("batch", "length", None)
-        y = jnp.einsum("blhk,hkd->bld", o, self.out[...].astype(o.dtype), out_sharding=layout)
+    def _write(self, o, ctx):
+        out = self.out[...].astype(o.dtype)
+        y = jnp.einsum("blhk,hkd->bld", o, out, out_sharding=ctx.stream)
         return add_bias(y, self.out_bias)
 
     def masked_flops(self, length: int) -> float:
@@ -146,7 +146,9 @@ class Mixer(nnx.Module):
         q, k, v = self._project(x, ctx)
         last = jnp.sum(ctx.valid, 1) - 1
         source = jnp.clip(_held(last, cache["k"].shape[1]), 0, x.shape[1] - 1)[:, :, None, None]
-        held = {n: jnp.take_along_axis(a, source, 1) for n, a in (("k", k), ("v", v))}
+        along = lambda a, at: jnp.take_along_axis(a, at, 1)
+        pick = automatic(along, "batch", None, "heads", None)
+        held = {n: pick(a, source) for n, a in (("k", k), ("v", v))}
         held = {n: a.astype(cache[n].dtype) for n, a in held.items()}
         return self._attend(q, k, v, ctx), held
 
@@ -158,7 +160,7 @@ class Mixer(nnx.Module):
         cache = {
             n: jnp.where(here, a.astype(cache[n].dtype), cache[n]) for n, a in (("k", k), ("v", v))
         }
-        return self._write(self._look_up(q, cache, now)), cache
+        return self._write(self._look_up(q, cache, now), ctx), cache
 
     def _look_up(self, q, cache, now: Int[Array, "B"]):
         B, _, H, K = q.shape

@@ -14,8 +14,10 @@ from pallas_kernels.flash_attention.reference import Options
 
 # In the order in which implementation=None tries them. Each offers `forward` and `backward`.
 IMPLEMENTATIONS = {"xla": xla, "reference": reference}
-NAMES = {0: {1: "length", 3: "head_dim"}, 1: {1: "length", 3: "head_dim"}}
-NAMES |= {2: {1: "length", 3: "value_dim"}, 3: {1: "length"}, 4: {1: "length"}}
+# Dimensions that a kernel needs in one piece.
+WHOLE = {0: {1: "length of q", 3: "head size of q"}, 1: {1: "length of k", 3: "head size of k"}}
+WHOLE |= {2: {1: "length of v", 3: "head size of v"}}
+WHOLE |= {3: {1: "length of q_segments"}, 4: {1: "length of kv_segments"}}
 
 
 def flash_attention(
@@ -79,7 +81,7 @@ def _attend(options: Options, implementation: str | None, q, k, v, q_segments, k
     choices = {name: module.forward for name, module in IMPLEMENTATIONS.items()}
     run = lambda *args: dispatch.pick(choices, implementation, *args, options)
     like_q = lambda q, *_: (q, PartitionSpec(*q[:3]))
-    return dispatch.local(run, follow=like_q, whole=NAMES)(q, k, v, q_segments, kv_segments)
+    return dispatch.local(run, follow=like_q, whole=WHOLE)(q, k, v, q_segments, kv_segments)
 
 
 def _attend_fwd(options: Options, implementation: str | None, *args):
@@ -99,7 +101,7 @@ def _attend_bwd(options: Options, implementation: str | None, kept, cotangents):
 
     do, dlse = cotangents
     dlse = jnp.where(kept[-1] == -jnp.inf, 0.0, dlse)  # nothing seen, nothing to change
-    grads = dispatch.local(run, follow=(0, 1, 2), whole=NAMES)(*kept, do, dlse)
+    grads = dispatch.local(run, follow=(0, 1, 2), whole=WHOLE)(*kept, do, dlse)
     return (*grads, None, None)
 
 
@@ -138,18 +140,15 @@ def _check_options(window: int | None, softcap: float | None):
 
 def _check_split(q, k, v):
     for name, x in (("k", k), ("v", v)):
-        if dispatch.split(x, 0) != dispatch.split(q, 0):
-            raise ValueError(f"The batch of q is split like {dispatch.spec(q)}, but that of {name} "
-                             f"like {dispatch.spec(x)}.")
-        heads = dispatch.split(x, 2)
-        if heads != dispatch.split(q, 2) and (heads or x.shape[2] > 1):
+        batch, heads = dispatch.split(x, 0), dispatch.split(x, 2)
+        # One key head may be whole on every device: all query heads read it.
+        shared = x.shape[2] == 1 and not heads and dispatch.split(k, 2) == dispatch.split(v, 2)
+        if batch != dispatch.split(q, 0) or not (shared or heads == dispatch.split(q, 2)):
             raise ValueError(
-                f"q has {q.shape[2]} heads split like {dispatch.spec(q)}, {name} {x.shape[2]} "
-                f"like {dispatch.spec(x)}: split both alike, or repeat the key heads until the "
-                f"mesh axis divides them."
+                f"q {q.shape} is split like {dispatch.spec(q)}, but {name} {x.shape} like "
+                f"{dispatch.spec(x)}: split batch and heads alike; where a mesh axis does not "
+                f"divide the key heads, repeat them until it does."
             )
-    if dispatch.split(k, 2) != dispatch.split(v, 2):
-        raise ValueError(f"k is split like {dispatch.spec(k)}, v like {dispatch.spec(v)}.")
 
 
 def _split_like(segments, q):

@@ -1,9 +1,9 @@
 """Attention in blocks, in plain XLA: memory grows with L, and blocks nobody sees are skipped.
 
-The R = H/G query heads of a key head stand under each other as the rows of one matrix, N = L R of
-them with a token's heads together, so that keys are never repeated and a block of tokens is a slice
-of rows. A small problem takes a few unrolled tiles, each as wide as its queries see; a large one two
-nested loops over tiles of T tokens and C keys.
+The R = H/G query heads of a key head are rows of one matrix, N = L R rows with a token's heads
+together: keys are never repeated, and a block of tokens is a slice of rows. A small problem takes a
+few unrolled tiles, each as wide as its tokens see; a large one two nested loops over tiles of T
+tokens and C keys.
 """
 
 import math
@@ -12,12 +12,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from pallas_kernels import dispatch
 from pallas_kernels.flash_attention.reference import Options, visible
 
-# Chosen by timing on a 2-core CPU.
-FORWARD, BACKWARD = 1024 * 1024, 256 * 256  # L * S up to which tiles are unrolled
-STATIC = (64, 4)  # then at least 64 tokens a tile, and at most 4 tiles
-LOOP = (256, 512)  # T, C
+# Timed on a 2-core CPU, forward and backward, where scores that leave the cache cost most.
+SMALL = 2**21  # scores B H L S up to which tiles are unrolled
+UNROLLED = (64, 4)  # then at least 64 tokens a tile, and at most 4 tiles
+TILE = {"cpu": (128, 128)}  # T, C of the loops
+LARGE_TILE = (512, 512)  # where launching a step costs more than a miss of the cache
 FLOOR = float(np.finfo(np.float32).min)
 
 
@@ -35,32 +37,41 @@ def key_range(first: int, last: int, L: int, S: int, options: Options) -> tuple[
 
 
 def key_blocks(L: int, S: int, T: int, C: int, options: Options) -> np.ndarray:
-    """For each block of T queries the blocks of C keys [start, stop) that it visits: int32 [n 2]."""
+    """The blocks of C keys [start, stop) that each block of T queries visits, int32 [n 2]."""
     ranges = [key_range(i, min(i + T, L), L, S, options) for i in range(0, L, T)]
     return np.array([(start // C, math.ceil(stop / C)) for start, stop in ranges], np.int32)
 
 
 def forward(q, k, v, q_segments, kv_segments, options: Options):
     """o [B L H V] in q's dtype and lse [B L H] float32, as `reference.forward`."""
-    (B, L, H, _), G = q.shape, k.shape[2]
-    run = _forward_static if L * k.shape[1] <= FORWARD else _forward_loop
-    k, v, q_segments = k.swapaxes(1, 2), v.swapaxes(1, 2), _repeat(q_segments, H // G)
-    o, lse = run(_rows(q, G), k, v, q_segments, kv_segments, L, options)
+    L, H, G = *q.shape[1:3], k.shape[2]
+    run = _forward_unrolled if _is_small(q, k) else _forward_loop
+    q_segments = _repeat(q_segments, H // G)
+    o, lse = run(_rows(q, G), _heads(k), _heads(v), q_segments, kv_segments, L, options)
     return _tokens(o, L).astype(q.dtype), _tokens(lse, L)[..., 0]
 
 
 def backward(q, k, v, q_segments, kv_segments, o, lse, do, dlse, options: Options):
     """dq, dk, dv for cotangents do [B L H V] and dlse [B L H], scores computed again from lse."""
-    (B, L, H, _), G = q.shape, k.shape[2]
-    run = _backward_static if L * k.shape[1] <= BACKWARD else _backward_loop
+    L, H, G = *q.shape[1:3], k.shape[2]
+    run = _backward_unrolled if _is_small(q, k) else _backward_loop
     # With p = exp(s - lse): dS = p (dP - delta). A query that saw nothing must get p = 0.
     delta = jnp.sum(do.astype(jnp.float32) * o.astype(jnp.float32), -1) - dlse
     lse = jnp.where(lse == -jnp.inf, jnp.inf, lse)
     of_rows = [_rows(x, G) for x in (q, do, lse[..., None], delta[..., None])]
-    kv, q_segments = (k.swapaxes(1, 2), v.swapaxes(1, 2)), _repeat(q_segments, H // G)
-    dq, dk, dv = run(*of_rows, *kv, q_segments, kv_segments, L, options)
-    dk, dv = dk.swapaxes(1, 2), dv.swapaxes(1, 2)
-    return _tokens(dq, L).astype(q.dtype), dk.astype(k.dtype), dv.astype(v.dtype)
+    q_segments = _repeat(q_segments, H // G)
+    dq, dk, dv = run(*of_rows, _heads(k), _heads(v), q_segments, kv_segments, L, options)
+    return _tokens(dq, L).astype(q.dtype), _heads(dk).astype(k.dtype), _heads(dv).astype(v.dtype)
+
+
+def _is_small(q, k) -> bool:
+    B, L, H, _ = q.shape
+    return B * L * H * k.shape[1] <= SMALL
+
+
+def _heads(x):
+    """[B S G X] -> [B G S X], and back."""
+    return x.swapaxes(1, 2)
 
 
 def _rows(x, G: int):
@@ -126,7 +137,7 @@ def _finish(carry):
     """o [B G N V] and lse [B G N 1], float32; 0 and -inf for a row that saw nothing.
 
     The largest score counts 1, so a total below 1 is 0. (A `where` instead of the maximum keeps XLA
-    on CPU from fusing the tile: measured 4 times slower, with 3 times the memory.)
+    on CPU from fusing the tile; it was 4 times slower at B 8, L 512, H 4, K 32.)
     """
     m, total, acc = carry
     return acc / jnp.maximum(total, 1.0), m + jnp.log(total)
@@ -143,10 +154,10 @@ def _tile_gradients(q, do, lse, delta, k, v, bias, options: Options):
     return _product(ds, k, (3, 2)), _product(ds, q, (2, 2)), dv
 
 
-def _static_tiles(q, k, q_segments, kv_segments, L: int, options: Options):
+def _tiles(q, k, q_segments, kv_segments, L: int, options: Options):
     """Slices of rows, with the slice of keys that they need and what they see of it."""
     S, R = k.shape[2], q.shape[2] // L
-    least, most = STATIC
+    least, most = UNROLLED
     T = max(least, math.ceil(L / most))
     cut = lambda x, part: None if x is None else x[:, part]
     for i in range(0, L, T):
@@ -157,18 +168,18 @@ def _static_tiles(q, k, q_segments, kv_segments, L: int, options: Options):
         yield rows, keys, _bias(*positions, *segments, options)
 
 
-def _forward_static(q, k, v, q_segments, kv_segments, L: int, options: Options):
+def _forward_unrolled(q, k, v, q_segments, kv_segments, L: int, options: Options):
     done = []
-    for rows, keys, bias in _static_tiles(q, k, q_segments, kv_segments, L, options):
+    for rows, keys, bias in _tiles(q, k, q_segments, kv_segments, L, options):
         part = q[:, :, rows]
         carry = _add_tile(_start(part, v), part, k[:, :, keys], v[:, :, keys], bias, options)
         done.append(_finish(carry))
     return tuple(jnp.concatenate(x, 2) for x in zip(*done, strict=True))
 
 
-def _backward_static(q, do, lse, delta, k, v, q_segments, kv_segments, L: int, options: Options):
+def _backward_unrolled(q, do, lse, delta, k, v, q_segments, kv_segments, L: int, options: Options):
     S, dq, dk, dv = k.shape[2], [], 0.0, 0.0
-    for rows, keys, bias in _static_tiles(q, k, q_segments, kv_segments, L, options):
+    for rows, keys, bias in _tiles(q, k, q_segments, kv_segments, L, options):
         of_rows = (x[:, :, rows] for x in (q, do, lse, delta))
         part = _tile_gradients(*of_rows, k[:, :, keys], v[:, :, keys], bias, options)
         around = ((0, 0), (0, 0), (keys.start, S - keys.stop), (0, 0))
@@ -223,7 +234,8 @@ def _blocks(of_rows, k, v, q_segments, kv_segments, L: int, options: Options):
       k and v padded to whole blocks.
     """
     N, S = of_rows[0].shape[2], k.shape[2]
-    T, C, R = min(LOOP[0], L), min(LOOP[1], S), N // L
+    T, C = TILE.get(dispatch.platform(), LARGE_TILE)
+    T, C, R = min(T, L), min(C, S), N // L
     if S % C and kv_segments is None:  # so that nobody sees the padding, which gets segment 0
         q_segments, kv_segments = jnp.ones((1, N), jnp.int32), jnp.ones((1, S), jnp.int32)
     k, v, kv_segments = _pad(k, C, 2), _pad(v, C, 2), _pad(kv_segments, C, 1)
