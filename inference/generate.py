@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from inference.sampling import sample
+from inference import sampling
 from models.context import Context
 from parallel.rules import RULES, spec
 
@@ -34,13 +34,14 @@ def generate(
     context: static fields of Context (dtype).  A row's text does not depend on the other rows.
 
     Raises:
-      ValueError: an empty prompt, or no tokens asked for.
+      ValueError: an empty prompt, no tokens asked for, or sampling that means nothing.
     """
     if tokens < 1:
         raise ValueError(f"tokens is {tokens}; at least 1 must be asked for")
     for i, prompt in enumerate(prompts):
         if len(prompt) == 0:
             raise ValueError(f"prompt {i} has no tokens; begin it with the separator {eos}")
+    sampling.check(temperature, top_k, top_p)
     padded, lengths = _pad(prompts, eos)
     drawn = dict(temperature=temperature, top_p=top_p)
     run = _compiled(model, tokens, eos, top_k, tuple(sorted(context.items())))
@@ -80,7 +81,9 @@ def _compiled(model, tokens, eos, top_k, context):
         # A sum against a mask instead of a gather: rows and lengths may be sharded.
         last = (at == lengths[:, None] - 1)[:, :, None]
         logits = jnp.sum(jnp.where(last, logits, 0.0), 1)
-        pick = lambda logits, positions: sample(logits, seed, positions, top_k=top_k, **drawn)
+        pick = lambda logits, positions: sampling.sample(
+            logits, seed, positions, top_k=top_k, **drawn
+        )
 
         def one(carry, _):
             token, position, cache, done = carry

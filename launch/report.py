@@ -1,5 +1,6 @@
 """What train says before and after a run."""
 
+import json
 import pathlib
 from collections.abc import Callable, Mapping
 
@@ -69,14 +70,20 @@ def closing(job: Run, outcome: Outcome, config_path: str) -> str:
     return "\n".join(lines)
 
 
+def _ngrams(job: Run) -> dict[str, float]:
+    """Computed once a run and kept beside its metrics, where pictures find them."""
+    path, source = job.workdir / "ngrams.json", job.data.source
+    if not path.is_file():
+        scores = ngrams.bits_per_byte(source.documents("train"), source.documents("validation"))
+        path.write_text(json.dumps(scores))
+    return json.loads(path.read_text())
+
+
 def _scores(job: Run, outcome: Outcome) -> list[str]:
     score = outcome.score
     rows = [("this model", score.bits_per_byte)]
     if job.config["train"]["ngrams"]:
-        source = job.data.source
-        rows += ngrams.bits_per_byte(
-            source.documents("train"), source.documents("validation")
-        ).items()
+        rows += _ngrams(job).items()
     lines = [
         f"held-out: {score.targets:,.0f} tokens, loss {score.loss:.4f} nats a token, "
         f"perplexity {score.perplexity:.3f}"

@@ -14,7 +14,7 @@ import jax
 
 import data.pipeline
 from parallel import mesh as meshes
-from parallel.weight import Table
+from parallel.weight import Entry, Table
 from training import flops
 from training import program as programs
 from training.checkpoint import CheckpointError, Checkpoints
@@ -73,7 +73,7 @@ def header(setup: Setup) -> dict:
     program, device, work = setup.program, setup.mesh.devices.flat[0], flops_per_token(setup)
     return {
         "config": _plain(setup.config),
-        "parameters": parameter_counts(program.table),
+        "parameters": parameter_counts(program.table, vocabulary(setup)),
         "flops_per_token": dataclasses.asdict(work)
         | {"visible": work.visible, "full_square": work.full_square},
         "fingerprint": setup.data.fingerprint,
@@ -109,16 +109,29 @@ def reference_kernels(config: Mapping) -> Mapping:
     return config | {"model": model | changed | {"remat": "none"}}
 
 
-def parameter_counts(table: Table) -> dict[str, int]:
-    """Numbers of parameters: `total`, and `without_embeddings`."""
+def vocabulary(setup: Setup) -> int:
+    """Tokens that the model knows, before its embedding is padded."""
+    return setup.config["model"]["vocab"] or setup.data.vocab_size
+
+
+def parameter_counts(table: Table, vocab: int) -> dict[str, int]:
+    """Numbers of parameters: `total` and `without_embeddings`, without the padding of the
+    vocabulary; `padded` is `total` with it, as held in memory."""
     sizes = {path: math.prod(entry.shape) for path, entry in table.items()}
-    embedded = sum(n for path, n in sizes.items() if table[path].weight.group == "embed")
-    total = sum(sizes.values())
-    return {"total": total, "without_embeddings": total - embedded}
+    real = {path: _without_padding(entry, vocab) for path, entry in table.items()}
+    embedded = sum(n for path, n in real.items() if table[path].weight.group == "embed")
+    total = sum(real.values())
+    padded = sum(sizes.values())
+    return {"total": total, "without_embeddings": total - embedded, "padded": padded}
 
 
-def parameter_table(table: Table) -> str:
-    """The table as text: path, shape (layers first), logical axes, start, group, decay."""
+def _without_padding(entry: Entry, vocab: int) -> int:
+    sized = zip(entry.shape, entry.axes, strict=True)
+    return math.prod(vocab if axis == "vocab" else size for size, axis in sized)
+
+
+def parameter_table(table: Table, vocab: int) -> str:
+    """The table as text: path, shape (layers first), logical axes, start, group, decay; totals."""
     rows = [("path", "shape", "axes", "start", "group", "decay", "parameters")]
     for path, entry in table.items():
         weight = entry.weight
@@ -130,9 +143,10 @@ def parameter_table(table: Table) -> str:
         rows.append((path, shape, axes, start, weight.group, decay, size))
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     lines = ["  ".join(map(str.ljust, row, widths)).rstrip() for row in rows]
-    counts = parameter_counts(table)
+    counts = parameter_counts(table, vocab)
     total = f"{counts['total']:,} parameters, {counts['without_embeddings']:,} without embeddings"
-    return "\n".join([*lines, total]) + "\n"
+    padded = f"{counts['padded']:,} with the vocabulary of {vocab:,} padded"
+    return "\n".join([*lines, total, padded]) + "\n"
 
 
 @contextlib.contextmanager

@@ -19,7 +19,8 @@ def main() -> None:
     with setup.one_sentence("train"):
         built = setup.build(parsed.config)
         if parsed.flags.print_params:
-            print(setup.parameter_table(built.program.table), end="")
+            vocab = setup.vocabulary(built)
+            print(setup.parameter_table(built.program.table, vocab), end="")
             return
         folder = setup.workdir(parsed.flags, parsed.flags.config)
         head = setup.header(built)

@@ -20,7 +20,7 @@ EMBEDDING_SALT = 2
 POLICIES = {
     "full": None,
     "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
-    "named": jax.checkpoint_policies.save_only_these_names("mixer", "ffn"),
+    "named": jax.checkpoint_policies.save_only_these_names("attention", "mixer", "ffn"),
 }
 
 
@@ -215,7 +215,7 @@ class LM(nnx.Module):
         return jnp.where(real.reshape((1,) * (logits.ndim - 1) + real.shape), logits, -jnp.inf)
 
 
-def _ready(state: nnx.State, dtype) -> nnx.State:
+def _ready(state, dtype):
     """Weights as a layer computes with them: matrices in the computation's dtype, then gathered."""
 
     def ready(leaf: nnx.Param) -> nnx.Param:

@@ -68,7 +68,7 @@ def flatten(state) -> dict[str, Array]:
     return {"/".join(map(str, path)): leaf[...] for path, leaf in nnx.to_flat_state(state)}
 
 
-def restore(state, params: Mapping[str, Array]):
+def restore(state, params: Mapping):
     """`flatten` undone: this (abstract) state with its arrays replaced by those of params."""
     flat = [
         (path, leaf.replace(params["/".join(map(str, path))]))

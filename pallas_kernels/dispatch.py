@@ -69,7 +69,13 @@ def vary(*args) -> tuple:
     Inside a `shard_map` that checks such types, call this before a custom_vjp: the gradient of an
     argument that was the same on all devices is then summed by JAX and not by the kernel.
     """
-    return _mark(args, _varying(args))
+    axes = _varying(args)
+
+    def mark(x):
+        missing = axes - jax.typeof(x).manual_axis_type.varying
+        return jax.lax.pcast(x, tuple(sorted(missing)), to="varying") if missing else x
+
+    return jax.tree.map(mark, args)
 
 
 def local(fn: Callable, *, follow: Any, whole: Mapping[int, Mapping[int, str]] | None = None):
@@ -93,9 +99,16 @@ def local(fn: Callable, *, follow: Any, whole: Mapping[int, Mapping[int, str]] |
             _check_whole(args[index], dims)
         specs = tuple(map(spec, args))
         out = follow(*specs) if callable(follow) else jax.tree.map(lambda i: specs[i], follow)
-        # Kernel calls carry no types of variation, hence check_vma=False and the marks put back.
-        call = jax.shard_map(fn, in_specs=specs, out_specs=out, axis_names=axes, check_vma=False)
-        return _mark(call(*args), _varying(args))
+        # A region that tracks which axes values vary over must see that here too; where none does,
+        # kernel calls are spared telling it.
+        call = jax.shard_map(
+            lambda *args: fn(*vary(*args)),
+            in_specs=specs,
+            out_specs=out,
+            axis_names=axes,
+            check_vma=bool(_varying(args)),
+        )
+        return call(*args)
 
     return sharded
 
@@ -114,11 +127,3 @@ def _check_whole(x, dims: Mapping[int, str]):
 def _varying(args) -> frozenset:
     types = [jax.typeof(x).manual_axis_type for x in jax.tree.leaves(args)]
     return frozenset().union(*(t.varying for t in types))
-
-
-def _mark(tree, axes: frozenset):
-    def mark(x):
-        missing = axes - jax.typeof(x).manual_axis_type.varying
-        return jax.lax.pcast(x, tuple(sorted(missing)), to="varying") if missing else x
-
-    return jax.tree.map(mark, tree)

@@ -25,10 +25,12 @@ from training.state import TrainState, to_int
 
 FINAL = "final.json"
 PERIODS = ("save_every", "eval_every", "sample_every")
+# Metrics that must be finite; the last one is of the parameters that the step leaves behind.
+FINITE = ("loss", "gradient_norm", "parameter_norm")
 
 
 class NotFiniteError(ValueError):
-    """The loss or the gradient of a step is NaN or infinite; one sentence with what is known."""
+    """Loss, gradient or parameters of a step are not finite; one sentence with what is known."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -69,7 +71,7 @@ def run(job: Run) -> Outcome:
     SIGTERM or the first Ctrl-C ends it after the step under way, with a checkpoint.
 
     Raises:
-      NotFiniteError: a loss or gradient that is not finite; checkpoints made before it stay.
+      NotFiniteError: a loss, gradient or update not finite; checkpoints made before it stay.
       CheckpointError: a checkpoint of another corpus or of other shapes.
     """
     config, program, every = job.config, job.program, job.config["train"]
@@ -179,9 +181,9 @@ class _Watch:
         """Fetches the metrics of a step, checks that they are finite, shows and logs them."""
         wanted = step % self._job.config["train"]["log_every"] == 0
         wanted = wanted or step == self._job.config["steps"] or step == self._first + 1
-        keys = metrics if wanted else ("loss", "gradient_norm")
+        keys = metrics if wanted else FINITE
         values = _scalars(jax.device_get({key: metrics[key] for key in keys}))
-        finite = math.isfinite(values["loss"]) and math.isfinite(values["gradient_norm"])
+        finite = all(math.isfinite(values[key]) for key in FINITE)
         self.clock.tick(self._step_tokens)
         if wanted or not finite:
             self.log.write(step, step * self._step_tokens, values | self._speed(step))
@@ -227,8 +229,8 @@ class _Watch:
         last = "no checkpoint was saved before it"
         last = last if kept is None else f"the last finite checkpoint is of step {kept}"
         return (
-            f"step {step} has loss {values['loss']} and gradient norm {values['gradient_norm']}; "
-            f"{last}; its batch held {some}"
+            f"step {step} has loss {values['loss']}, gradient norm {values['gradient_norm']} and "
+            f"parameter norm {values['parameter_norm']}; {last}; its batch held {some}"
         )
 
 

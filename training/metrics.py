@@ -70,7 +70,7 @@ class Log:
         self._file.write(_line(row))
         self._file.flush()
         self._last = max(self._last, row["step"])
-        self.scalars(step, values)
+        self.scalars(step, {"tokens": tokens, **values})
 
     def scalars(self, step: int, values: dict[str, Any]) -> None:
         """Values for TensorBoard only."""

@@ -165,14 +165,17 @@ class Mixer(nnx.Module):
     def _look_up(self, q, cache, now: Int[Array, "B"]):
         B, _, H, K = q.shape
         T, G = cache["k"].shape[1:3]
-        q = q.reshape(B, G, H // G, K).astype(jnp.float32) * K**-0.5
+        # Said, because with G = 1 the sharding of H would go to its queries and not to G.
+        q = q.reshape(B, G, H // G, K, out_sharding=spec("batch", "heads", None, None))
+        q = q.astype(jnp.float32) * K**-0.5
         s = jnp.einsum("bgrk,btgk->bgrt", q, cache["k"].astype(jnp.float32))
         s = s if self.softcap is None else self.softcap * jnp.tanh(s / self.softcap)
         seen = _held(now, T) >= 0
         p = jnp.where(seen[:, None, None], jnp.exp(s - jnp.max(s, -1, keepdims=True)), 0.0)
         p = p / jnp.sum(p, -1, keepdims=True)
         o = jnp.einsum("bgrt,btgk->bgrk", p, cache["v"].astype(jnp.float32))
-        return o.reshape(B, 1, H, K).astype(cache["v"].dtype)
+        o = o.reshape(B, 1, H, K, out_sharding=spec("batch", None, "heads", None))
+        return o.astype(cache["v"].dtype)
 
 
 def _held(last: Int[Array, "B"], T: int) -> Int[Array, "B T"]:

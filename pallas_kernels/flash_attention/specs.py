@@ -41,7 +41,9 @@ class Spec:
             return {}
         rng = np.random.default_rng(seed)
         S = self.S or self.L
-        fill = lambda length: np.stack([_packed(rng, length, self.documents) for _ in range(self.B)])
+        fill = lambda length: np.stack(
+            [_packed(rng, length, self.documents) for _ in range(self.B)]
+        )
         kv = fill(S)
         return {"q_segments": kv if S == self.L else fill(self.L), "kv_segments": kv}
 
@@ -53,7 +55,7 @@ class Spec:
 
     @property
     def flops(self) -> int:
-        """Of the forward pass, over the pairs that causality and window leave; backward is 2.5 x."""
+        """Of the forward pass, over pairs that causality and window leave; backward has 2.5 x."""
         S, V = self.S or self.L, self.V or self.K
         i = np.arange(self.L) + S - self.L
         last = np.minimum(i, S - 1) if self.causal else np.full(self.L, S - 1)

@@ -81,9 +81,7 @@ def centred(x, scale):
 )
 def test_local_runs_on_shards_of_explicit_axes(types, shard):
     x = np.arange(48, dtype=np.float32).reshape(8, 6)
-    run = dispatch.local(
-        centred, follow=lambda x, scale: (x, P(x[0])), whole={0: {1: "width"}}
-    )
+    run = dispatch.local(centred, follow=lambda x, scale: (x, P(x[0])), whole={0: {1: "width"}})
     expected = centred(x, 2.0)
     mesh = mesh_of(*types)
     with jax.set_mesh(mesh):

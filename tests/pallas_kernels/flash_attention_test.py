@@ -7,8 +7,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from jax.sharding import AxisType, NamedSharding
-from jax.sharding import PartitionSpec as P
 
 from pallas_kernels.flash_attention import flash_attention, xla
 from pallas_kernels.flash_attention.reference import Options
@@ -68,12 +66,19 @@ def oracle(spec: Spec, inputs, do, dlse):
     return o, lse, dq, dk, dv
 
 
-def attend(inputs, implementation, **options):
-    """o, lse and the pullback to q, k, v."""
-    segments = {n: jnp.asarray(x) for n, x in inputs.items() if n.endswith("segments")}
-    call = functools.partial(flash_attention, return_lse=True, implementation=implementation)
-    f = lambda q, k, v: call(q, k, v, **segments, **options)
-    return jax.vjp(f, *(jnp.asarray(inputs[n]) for n in "qkv"))
+def attend(implementation, **options):
+    """(inputs, do, dlse) -> o, lse, dq, dk, dv, compiled."""
+    call = functools.partial(
+        flash_attention, return_lse=True, implementation=implementation, **options
+    )
+
+    @jax.jit
+    def run(inputs, do, dlse):
+        segments = {n: inputs[n] for n in inputs.keys() - set("qkv")}
+        out, pull = jax.vjp(functools.partial(call, **segments), *(inputs[n] for n in "qkv"))
+        return *out, *pull((do, dlse))
+
+    return lambda *args: [np.asarray(x) for x in run(*args)]
 
 
 def cotangents(spec: Spec):
@@ -88,12 +93,7 @@ def test_outputs_and_gradients_equal_the_oracle(implementation, name):
     spec = CI[name]
     inputs, (do, dlse) = spec.inputs(), cotangents(spec)
 
-    @jax.jit
-    def run(inputs):
-        (o, lse), pull = attend(inputs, implementation, **spec.options)
-        return o, lse, *pull((do, dlse))
-
-    got = [np.asarray(x) for x in run(inputs)]
+    got = attend(implementation, **spec.options)(inputs, do, dlse)
     for name, ours, true in zip(
         ("o", "lse", "dq", "dk", "dv"), got, oracle(spec, inputs, do, dlse), strict=True
     ):
@@ -140,32 +140,30 @@ def test_bfloat16_errs_at_most_twice_as_much_as_plain_bfloat16(implementation):
     do = jnp.where(seen.any(2)[:, :, None, None], do, 0).astype(jnp.bfloat16)
     true = oracle(spec, inputs, np.float32(do), 0 * dlse)
     rounded = inputs | dict(zip("qkv", halves, strict=True))
-    (o, _), pull = attend(rounded, implementation, **spec.options)
-    plain, plain_pull = jax.vjp(lambda *qkv: bf16_attention(*qkv, jnp.asarray(seen)), *halves)
+    o, _, *grads = attend(implementation, **spec.options)(rounded, do, 0 * dlse)
+    plain, pull = jax.vjp(jax.jit(lambda *qkv: bf16_attention(*qkv, jnp.asarray(seen))), *halves)
     assert o.dtype == jnp.bfloat16
     error = lambda x, y: np.abs(np.float32(x) - y)[seen.any(2)].max()
-    for ours, theirs, exact in zip(
-        (o, *pull((do, jnp.zeros_like(dlse)))), (plain, *plain_pull(do)), true[:1] + true[2:],
-        strict=True,
-    ):  # fmt: skip
-        assert error(ours, exact) <= 2 * error(theirs, exact)
+    exact = (true[0], *true[2:])
+    for ours, theirs, truth in zip((o, *grads), (plain, *pull(do)), exact, strict=True):
+        assert error(ours, truth) <= 2 * error(theirs, truth)
 
 
 def test_gradients_are_zero_where_a_query_does_not_see(implementation):
     spec = CI["gemma2"]
     inputs = spec.inputs()
     seen = mask(spec, inputs["q_segments"], inputs["kv_segments"])
-    (o, lse), pull = attend(inputs, implementation, **spec.options)
-    assert not np.asarray(o)[~seen.any(2)].any()
-    assert np.isneginf(np.asarray(lse)[~seen.any(2)]).all()
-    for t in (5, 30, 66):
-        do, dlse = jnp.zeros_like(o).at[:, t].set(1.0), jnp.zeros_like(lse).at[:, t].set(1.0)
-        dq, dk, dv = (np.asarray(x) for x in pull((do, dlse)))
-        others = np.delete(dq, t, axis=1)
-        assert not others.any()
+    run = attend(implementation, **spec.options)
+    for t in (5, 30, 60):
+        do, dlse = (np.zeros_like(x) for x in cotangents(spec))
+        do[:, t], dlse[:, t] = 1, 1
+        o, lse, dq, dk, dv = run(inputs, do, dlse)
+        assert not np.delete(dq, t, axis=1).any()
         assert not dk[~seen[:, t]].any()
         assert not dv[~seen[:, t]].any()
         assert np.abs(dv[seen[:, t]]).min() > 0
+    assert not o[~seen.any(2)].any()
+    assert np.isneginf(lse[~seen.any(2)]).all()
 
 
 def test_blocks_out_of_reach_are_not_read(monkeypatch):
@@ -175,12 +173,11 @@ def test_blocks_out_of_reach_are_not_read(monkeypatch):
     spec = Spec("reach", "ci", B=1, L=64, H=1, K=8, window=8)
     inputs = spec.inputs()
     inputs["k"][:, 24:32] = np.nan
-    (o, lse), pull = attend(inputs, "xla", **spec.options)
+    _, lse, dq, _, _ = attend("xla", **spec.options)(inputs, *cotangents(spec))
     read = np.zeros(64, bool)
     read[16:48] = True  # tokens 16-31 hold the keys, 32-47 look back at them
-    np.testing.assert_array_equal(np.isnan(np.asarray(lse))[0, :, 0], read)
-    dq, _, _ = pull((jnp.ones_like(o), jnp.ones_like(lse)))
-    np.testing.assert_array_equal(np.isnan(np.asarray(dq))[0, :, 0].any(1), read)
+    np.testing.assert_array_equal(np.isnan(lse)[0, :, 0], read)
+    np.testing.assert_array_equal(np.isnan(dq)[0, :, 0].any(1), read)
 
 
 @pytest.mark.parametrize(("L", "S"), [(40, 40), (37, 61), (61, 37), (1, 50)])
@@ -216,82 +213,30 @@ def test_memory_grows_with_length_not_its_square():
     assert temporaries(2048, "reference") > 10 * short
 
 
-def small_problem():
-    spec = Spec("sharded", "ci", B=4, L=20, H=4, G=2, K=8, documents=2)
-    return spec, spec.inputs()
+def test_remat_can_keep_the_output_and_then_runs_the_forward_pass_once():
+    inputs = [jnp.asarray(CI["plain"].inputs()[n]) for n in "qkv"]
+    run = lambda q, k, v: jnp.sin(flash_attention(q, k, v, implementation="xla")).sum()
+    keep = jax.checkpoint_policies.save_only_these_names("attention")
+
+    def exponentials(fn):
+        return str(jax.make_jaxpr(jax.grad(fn, (0, 1, 2)))(*inputs)).count(" exp ")
+
+    assert exponentials(jax.checkpoint(run, policy=keep)) == exponentials(run)
+    assert exponentials(jax.checkpoint(run)) > exponentials(run)
 
 
-def loss(q, k, v, segments, implementation):
-    o, lse = flash_attention(
-        q, k, v, q_segments=segments, kv_segments=segments, return_lse=True,
-        implementation=implementation,
-    )  # fmt: skip
-    return jnp.sum(jnp.sin(o)) + jnp.sum(jnp.where(jnp.isinf(lse), 0.0, jnp.cos(lse)))
-
-
-def placed(mesh, inputs, heads="tensor"):
-    put = lambda x, *axes: jax.device_put(x, NamedSharding(mesh, P(*axes)))
-    qkv = [put(inputs[n], "data", None, heads if n == "q" or heads else None) for n in "qkv"]
-    return *qkv, put(inputs["q_segments"], "data")
-
-
-def gradients(fn, *args):
-    return [np.asarray(x) for x in jax.jit(jax.grad(fn, (0, 1, 2)))(*args)]
-
-
-def assert_same(ours, theirs):
-    for x, y in zip(ours, theirs, strict=True):  # only the order of sums differs
-        np.testing.assert_allclose(x, y, rtol=0, atol=32 * EPS * max(1.0, np.abs(y).max()))
-
-
-@pytest.mark.parametrize("axis_type", [AxisType.Explicit, AxisType.Auto])
-def test_sharded_equals_unsharded(implementation, axis_type):
-    _, inputs = small_problem()
-    run = functools.partial(loss, implementation=implementation)
-    args = [inputs[n] for n in ("q", "k", "v", "q_segments")]
-    expected = gradients(run, *args)
-    mesh = jax.make_mesh((2, 2), ("data", "tensor"), axis_types=(axis_type,) * 2)
-    with jax.set_mesh(mesh):
-        sharded = placed(mesh, inputs)
-        assert_same(gradients(run, *sharded), expected)
-        assert_same(gradients(run, *sharded[:3], args[3]), expected)
-
-
-@pytest.mark.parametrize("check_vma", [True, False])
-@pytest.mark.parametrize("manual", [("data",), ("data", "tensor")])
-def test_inside_a_shard_map_equals_outside(implementation, manual, check_vma):
-    _, inputs = small_problem()
-    run = functools.partial(loss, implementation=implementation)
-    expected = gradients(run, *(inputs[n] for n in ("q", "k", "v", "q_segments")))
-    mesh = jax.make_mesh((2, 2), ("data", "tensor"), axis_types=(AxisType.Explicit,) * 2)
-    specs = P("data", None, "tensor" if "tensor" in manual else None)
-
-    def outer(q, k, v, segments):
-        inner = lambda *args: jax.lax.psum(run(*args), manual)
-        region = jax.shard_map(
-            inner, in_specs=(specs, specs, specs, P("data")), out_specs=P(),
-            axis_names=set(manual), check_vma=check_vma,
-        )  # fmt: skip
-        return region(q, k, v, segments)
-
-    with jax.set_mesh(mesh):
-        assert_same(gradients(outer, *placed(mesh, inputs)), expected)
-
-
-def test_keys_alike_on_all_devices_get_the_summed_gradient(implementation):
-    """Within a region, queries are split over an axis along which keys are the same."""
-    _, inputs = small_problem()
-    q, k, v = (inputs[n] for n in "qkv")
-    run = lambda q, k, v: loss(q, k, v, None, implementation)
-    repeated = lambda q, k, v: run(q, *(jnp.concatenate([x] * 4) for x in (k, v)))
-    expected = gradients(repeated, q, k[:1], v[:1])
-
-    def outer(q, k, v):
-        inner = lambda *args: jax.lax.psum(repeated_here(*args), "data")
-        repeated_here = lambda q, k, v: run(q, *(jnp.concatenate([x] * 2) for x in (k, v)))
-        return jax.shard_map(inner, in_specs=(P("data"), P(), P()), out_specs=P())(q, k, v)
-
-    mesh = jax.make_mesh((2,), ("data",), axis_types=(AxisType.Explicit,))
-    with jax.set_mesh(mesh):
-        q = jax.device_put(q, NamedSharding(mesh, P("data")))
-        assert_same(gradients(outer, q, k[:1], v[:1]), expected)
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"q": jnp.ones((2, 37, 3, 8))}, r"3 query heads cannot share 2 key heads"),
+        ({"k": jnp.ones((2, 37, 2, 8), jnp.bfloat16)}, "need one dtype"),
+        ({"kv_segments": jnp.ones((2, 37), jnp.int32)}, "both q_segments and kv_segments, or"),
+        ({"window": 0}, "0 is less than 1"),
+        ({"softcap": 0.0}, "0.0 is not positive"),
+        ({"implementation": "cuda"}, "'cuda'; there are: xla, reference"),
+    ],
+)
+def test_errors_are_sentences(change, message):
+    args = {n: jnp.asarray(x) for n, x in CI["plain"].inputs().items()}
+    with pytest.raises(ValueError, match=message):
+        flash_attention(**(args | change))

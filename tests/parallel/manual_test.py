@@ -172,8 +172,8 @@ WRAPS = {
 
 @pytest.mark.parametrize("name", WRAPS)
 def test_nested_pair_wrapped(name):
-    repeat = 2 if "scan" in name else 1
-    assert_stack("stage", "context", {"stage": 2, "context": 2, "data": 2}, WRAPS[name], repeat)
+    mesh, repeat = {"stage": 2, "context": 2, "data": 2}, 2 if "scan" in name else 1
+    assert_stack("stage", "context", mesh, WRAPS[name], repeat)
 
 
 SAVES_OR_SCANS = {
@@ -192,8 +192,7 @@ def test_gathers_in_a_checked_region_that_saves_or_scans(name):
 
 
 def test_nesting_in_a_checked_region_is_refused():
-    inner = manual(lambda x: x, "context", P("context"), P("context"))
-    outer = manual(inner, "stage", P("stage"), P("stage"))
+    outer = manual(manual(lambda x: x, "context", P(), P()), "stage", P("stage"), P("stage"))
     with use(), pytest.raises(ValueError, match=r"inside a checked one over \('stage',\)"):
         jax.eval_shape(outer, normal(0, 8))
 
@@ -253,9 +252,8 @@ def test_gradient_taken_inside_the_region(check):
     with use(data=2, context=2):
         got = jax.jit(fn)(put(normal(0, 8), "data"), put(np.float32(1.3)))
     x = normal(0, 8).astype(np.float64).reshape(2, 4)
-    expected = np.sum(np.cos(x * 1.3) * x, 1)
-    expected = expected.sum(keepdims=True) if check else expected
-    np.testing.assert_allclose(got, expected, rtol=TOLERANCE)
+    each = np.sum(np.cos(x * 1.3) * x, 1)
+    np.testing.assert_allclose(got, each.sum(keepdims=True) if check else each, rtol=TOLERANCE)
 
 
 def test_axes_of_size_one():
@@ -267,8 +265,8 @@ def test_axes_of_size_one():
 
 
 def test_operands_are_resharded_and_keep_their_other_axes():
-    fn = lambda tree, i: tree["x"] * i
-    call = manual(fn, "context", (P(None, "context"), P()), P(None, "context"))
+    spec = P(None, "context")
+    call = manual(lambda tree, i: tree["x"] * i, "context", (spec, P()), spec)
     with use(data=2, context=2, tensor=2):
         x = put(normal(0, 8, 8), "context", "tensor")
         y = jax.jit(call)({"x": x}, jnp.int32(3))

@@ -56,7 +56,7 @@ def test_not_finite_is_valid_json(tmp_path):
     _, (row,) = read(tmp_path / "metrics.jsonl")
     np.testing.assert_equal({key: row[key] for key in values}, values)
     shown = {tag: value for tag, [(_, value)] in board(tmp_path).items()}
-    np.testing.assert_equal(shown, values | {"d": math.inf})
+    np.testing.assert_equal(shown, values | {"d": math.inf, "tokens": 2})
 
 
 def test_a_metric_cannot_take_an_own_name(tmp_path):

@@ -1,0 +1,109 @@
+"""The held-out score against float64 sums over every row, however they are batched and sharded."""
+
+import math
+
+import jax
+import numpy as np
+import pytest
+
+from models.context import of_batch
+from tests import tiny
+from training.evaluate import Score, held_out, place
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory):
+    return tiny.corpus(tmp_path_factory.mktemp("corpus"))
+
+
+@pytest.fixture(scope="module")
+def built(root):
+    built = tiny.setup(root, model__tied=False)
+    with jax.set_mesh(built.mesh):
+        yield built
+
+
+@pytest.fixture(scope="module")
+def params(built):
+    return built.program.init().params
+
+
+def score(built, params, rows, limit=None):
+    return held_out(built.program, params, built.data, built.mesh, rows=rows, limit=limit)
+
+
+def directly(built, params, limit=None):
+    """(nll, targets, bytes): the model's logits, then numpy in float64."""
+    count = built.data.rows("validation") if limit is None else limit
+    (batch,) = built.data.evaluation(count, limit)
+    forward = jax.jit(lambda p, b: built.program.model(p)(b.inputs, of_batch(b))[0])
+    logits = np.asarray(forward(params, place(batch, built.mesh)), np.float64)[..., :258]
+    log_p = logits - np.log(np.sum(np.exp(logits), -1, keepdims=True))
+    here = np.take_along_axis(log_p, batch.targets[..., None], -1)[..., 0]
+    kept = batch.weights > 0
+    return -np.sum(here[kept]), np.sum(kept), np.sum(kept & (batch.targets < 256))
+
+
+@pytest.mark.parametrize("limit", [None, 3])
+def test_score_is_that_of_every_row(built, params, limit):
+    nll, targets, count = directly(built, params, limit)
+    found = score(built, params, 4, limit)
+    assert (found.targets, found.bytes) == (targets, count)
+    assert found.nll == pytest.approx(nll, rel=1e-6)  # float32 sums of some hundred terms
+
+
+def test_every_held_out_byte_is_scored_once(built, params):
+    held = built.data.source.documents("validation")
+    found = score(built, params, 4)
+    assert found.bytes == held.tokens.size
+    assert found.targets == held.tokens.size + len(held)  # and the <eos> after each file
+    assert found.bits_per_byte == found.nll / math.log(2) / held.tokens.size
+
+
+@pytest.mark.parametrize("rows", [1, 3, 64])
+def test_rows_at_a_time_change_nothing(built, params, rows):
+    """Neither 3 nor 64 divides the rows: the last batch is filled with padding."""
+    assert built.data.rows("validation") % 3
+    expected, found = score(built, params, 4), score(built, params, rows)
+    assert (found.targets, found.bytes) == (expected.targets, expected.bytes)
+    assert found.nll == pytest.approx(expected.nll, rel=1e-6)  # order of float32 sums
+
+
+def test_devices_change_nothing(root, built, params):
+    expected = score(built, params, 4)
+    changes = dict(mesh__data=2, mesh__fsdp=2, mesh__tensor=2)
+    eight = tiny.setup(root, 8, model__tied=False, **changes)
+    with jax.set_mesh(eight.mesh):
+        like = eight.program.state.params
+        placed = {path: jax.device_put(p, like[path].sharding) for path, p in params.items()}
+        found = score(eight, placed, 4)
+    assert (found.targets, found.bytes) == (expected.targets, expected.bytes)
+    assert found.nll == pytest.approx(expected.nll, rel=1e-6)  # order of float32 sums
+
+
+def test_progress_sees_every_batch(built, params):
+    seen = []
+    progress = lambda batches: (seen.append(1) or batch for batch in batches)
+    held_out(
+        built.program, params, built.data, built.mesh, rows=4, limit=6, progress=progress
+    )
+    assert len(seen) == 2
+
+
+def test_values_of_a_score():
+    found = Score(nll=8 * math.log(2), targets=4.0, bytes=2)
+    assert found.values() == {
+        "loss": 2 * math.log(2),
+        "perplexity": pytest.approx(4.0),
+        "bits_per_byte": pytest.approx(4.0),
+    }
+    assert "bits_per_byte" not in Score(1.0, 1.0, 0).values()
+    assert math.isfinite(Score(1e9, 1.0, 1).perplexity)
+
+
+def test_nothing_to_score_is_an_error(built, params):
+    class Empty:
+        evaluation = staticmethod(lambda rows, limit: [])
+
+    with pytest.raises(ValueError, match="hold out more of the corpus"):
+        held_out(built.program, params, Empty, built.mesh, rows=4)
