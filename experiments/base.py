@@ -7,7 +7,7 @@ models/mixers/attention.py. `--config FILE --help` lists them with their values.
 A key is `config.<key> = value  # meaning`; launch reads the comment for --help, takes the type from
 the value, and accepts `none` for placeholders and for the keys in OPTIONAL.
 
-COMMAND  python -m launch.train --config base
+COMMAND  uv run train --config experiments/base.py
 """
 
 from ml_collections import ConfigDict

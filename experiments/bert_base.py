@@ -11,7 +11,7 @@ dropout 0.1 (also on attention weights, which this attention has not); the first
 use rows of 128. Appendix A.2 gives 4 days on 4 Cloud TPUs (16 chips). Corpus and tokenizer are the
 embedded ones until others are there; model.vocab holds the published size.
 
-COMMAND   python -m launch.train --config bert_base --workdir runs/bert_base
+COMMAND   uv run train --config experiments/bert_base.py
 COST      not run
 EXPECTED  not run
 """

@@ -11,7 +11,7 @@ loss of about 2.85 on OpenWebText after about 4 days on 8 A100 40GB. Here the co
 embedded one and text is bytes, so that number is not to be expected until BPE tokenizers and
 OpenWebText are there; model.vocab holds the published size meanwhile.
 
-COMMAND   python -m launch.train --config gpt2_124m --workdir runs/gpt2_124m
+COMMAND   uv run train --config experiments/gpt2_124m.py
 COST      not run
 EXPECTED  not run
 """

@@ -9,7 +9,7 @@ trains its shape from the start: 256 rows of 8,192 = 2,097,152 tokens a step, 12
 2.5e10 tokens (20 a parameter, arXiv 2203.15556). Rate and decay are ordinary ones for this size,
 not the paper's, which does not give them for 1B.
 
-COMMAND   python -m launch.train --config llama_1b --workdir runs/llama_1b --config.mesh.fsdp=16
+COMMAND   uv run train --config experiments/llama_1b.py --config.mesh.fsdp=16
 COST      not run
 EXPECTED  not run
 """

@@ -9,7 +9,7 @@ rows, 2e12 tokens. Here 1,024 rows = 4,194,304 tokens and 476,838 steps. The pap
 hours of A100 80GB. Corpus and tokenizer are the embedded ones until others are there; model.vocab
 holds the published size.
 
-COMMAND   python -m launch.train --config llama_7b --workdir runs/llama_7b --config.mesh.fsdp=64
+COMMAND   uv run train --config experiments/llama_7b.py --config.mesh.fsdp=64
 COST      not run
 EXPECTED  not run
 """

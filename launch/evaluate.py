@@ -19,7 +19,8 @@ def main() -> None:
 
     with setup.one_sentence("evaluate"):
         built, params, step = setup.reopen(parsed.flags.workdir)
-        rows = parsed.flags.batch or built.program.batch.inputs.shape[1]
+        rows = parsed.flags.batch
+        rows = built.program.batch.inputs.shape[1] if rows is None else rows
         progress = lambda batches: bar(batches, desc="held-out", unit="batch")
         limit = parsed.flags.rows
         score = held_out(

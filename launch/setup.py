@@ -51,7 +51,8 @@ def reopen(workdir: str | None, changes: Mapping | None = None) -> tuple[Setup, 
         raise ValueError("give --workdir FOLDER, the folder of a run")
     with Checkpoints(workdir) as checkpoints:
         header = checkpoints.meta()["header"]
-        config = header["config"] | {"mesh": header["config"]["mesh"] | dict(changes or {})}
+        config = _tuples(header["config"])
+        config["mesh"] |= dict(changes or {})
         setup = build(config)
         if setup.data.fingerprint != header["fingerprint"]:
             print(
@@ -169,6 +170,13 @@ def one_sentence(command: str) -> Iterator[None]:
 def workdir(flags, config_path: str) -> pathlib.Path:
     """--workdir, or runs/<name of the config>."""
     return pathlib.Path(flags.workdir or f"runs/{pathlib.Path(config_path).stem}")
+
+
+def _tuples(tree):
+    """`_plain` undone: a config has no lists."""
+    if isinstance(tree, dict):
+        return {key: _tuples(value) for key, value in tree.items()}
+    return tuple(tree) if isinstance(tree, list) else tree
 
 
 def _plain(tree):

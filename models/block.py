@@ -3,6 +3,7 @@
 import dataclasses
 import importlib
 from collections.abc import Mapping
+from typing import Any
 
 import jax.numpy as jnp
 from flax import nnx
@@ -77,12 +78,12 @@ class Block(nnx.Module):
             aux["residual"] = over_tokens(jnp.mean(jnp.square(x.astype(jnp.float32)), -1), ctx)
         return x, aux
 
-    def prefill(self, x: Float[Array, "B L D"], ctx: Context, cache: dict) -> tuple[Array, dict]:
-        """As `__call__`, filling the mixer's cache."""
+    def prefill(self, x: Float[Array, "B L D"], ctx: Context, cache) -> tuple[Array, Any]:
+        """As `__call__`, filling the mixer's cache, which is any pytree."""
         x, cache = self._add(x, lambda h: self.mixer.prefill(h, ctx, cache), ctx, 0)
         return self._add(x, lambda h: self.ffn(h, ctx), ctx, 1)[0], cache
 
-    def decode(self, x: Float[Array, "B 1 D"], ctx: Context, cache: dict) -> tuple[Array, dict]:
+    def decode(self, x: Float[Array, "B 1 D"], ctx: Context, cache) -> tuple[Array, Any]:
         """One token a row against the mixer's cache."""
         x, cache = self._add(x, lambda h: self.mixer.decode(h, ctx, cache), ctx, 0)
         return self._add(x, lambda h: self.ffn(h, ctx), ctx, 1)[0], cache

@@ -12,3 +12,17 @@ os.environ["JAX_NUMPY_RANK_PROMOTION"] = "raise"
 from jaxtyping import install_import_hook
 
 install_import_hook(["models", "pallas_kernels", "training"], "beartype.beartype")
+
+
+def pytest_terminal_summary(terminalreporter):
+    """The slowest files, so that a budget that is exceeded has a name."""
+    seconds: dict[str, float] = {}
+    for reports in terminalreporter.stats.values():
+        for report in reports:
+            if hasattr(report, "duration"):
+                file = report.nodeid.partition("::")[0]
+                seconds[file] = seconds.get(file, 0.0) + report.duration
+    terminalreporter.section("slowest files")
+    for file, spent in sorted(seconds.items(), key=lambda item: -item[1])[:12]:
+        terminalreporter.write_line(f"{spent:7.1f} s  {file}")
+    terminalreporter.write_line(f"{sum(seconds.values()):7.1f} s  in all")

@@ -19,7 +19,6 @@ SIZES = {
     "data.prefetch": 0,
     "model.d_model": 32,
     "model.layers": 1,
-    "model.mixers.attention.heads": 2,
     "model.ffns.swiglu.width": 48,
     "optim.schedule": "constant",
     "optim.warmup_fraction": 0.0,

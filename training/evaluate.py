@@ -7,6 +7,7 @@ from collections.abc import Callable
 import jax
 
 from data.batch import Batch
+from parallel.rules import RULES
 from training.program import Program, batch_sharding
 
 
@@ -50,8 +51,13 @@ def held_out(
 ) -> Score:
     """The score of the first `limit` validation rows (all when None), `rows` at a time.
 
-    Raises ValueError where there is nothing to score.
+    Raises ValueError where there is nothing to score, and for rows that do not divide over devices.
     """
+    ways = math.prod(mesh.shape[axis] for axis in RULES["batch"])
+    if rows < 1 or rows % ways:
+        raise ValueError(f"{rows} rows at a time do not divide over {ways} devices; change one")
+    if limit is not None and limit < 1:
+        raise ValueError(f"{limit} held-out rows are none to score; ask for more, or for all")
     nll = targets = 0.0
     text = 0
     for batch in progress(data.evaluation(rows, limit)):

@@ -58,10 +58,12 @@ def build(config: Mapping, mesh: jax.sharding.Mesh, vocab: int) -> Program:
     Raises:
       ValueError: sizes or names that do not fit, in one sentence.
     """
-    with jax.sharding.use_abstract_mesh(getattr(mesh, "abstract_mesh", mesh)):
+    # Without a mesh, so that sizes which do not divide reach the check, not an error of JAX's.
+    with jax.sharding.use_abstract_mesh(jax.sharding.AbstractMesh((), ())):
         model, abstract, construct = _model(config["model"], config["data"]["length"], vocab)
-        weights = table(abstract)
-        _check_divides(weights, mesh)
+    weights = table(abstract)
+    _check_divides(weights, mesh)
+    with jax.sharding.use_abstract_mesh(getattr(mesh, "abstract_mesh", mesh)):
         context = {name: config["model"][name] for name in ("dtype", "causal")}
         context["taps"] = tuple(config["model"].get("taps", ()))
         chosen = _chosen(config["trainable"], weights)

@@ -22,7 +22,7 @@ DECAYED = ("tokens", "q", "kv", "out", "up", "down")
 
 @dataclasses.dataclass(frozen=True)
 class Model:
-    """Sizes: vocab rows that are tokens, rows W of the embedding, N layers, H heads over G, K, F."""
+    """vocab: rows of the embedding that are tokens, of `rows` in all. width: D, hidden: F."""
 
     vocab: int
     rows: int
@@ -137,7 +137,7 @@ def make_step(m: Model, tx: optax.GradientTransformation) -> Callable:
     def step(params, opt, batch):
         value, gradient = jax.value_and_grad(loss)(params, batch, m)
         updates, opt = tx.update(gradient, opt, params)
-        return optax.apply_updates(params, updates), opt, value, optax.global_norm(gradient)
+        return optax.apply_updates(params, updates), opt, value, optax.tree.norm(gradient)
 
     return jax.jit(step, donate_argnums=(0, 1))
 
@@ -177,7 +177,8 @@ def main() -> None:
     with open(sys.argv[1], encoding="utf-8") as file:
         config = json.load(file)
     corpus = data.pipeline.build(seed=config["seed"], **config["data"])
-    m, tx = of_config(config, corpus.vocab_size, corpus.vocab_size), optimizer(config)
+    vocab = config["model"]["vocab"] or corpus.vocab_size
+    m, tx = of_config(config, vocab, vocab), optimizer(config)
     params = jax.jit(init, static_argnums=1)(jax.random.key(config["seed"]), m)
     opt = tx.init(params)
     said["built"] = time.time()

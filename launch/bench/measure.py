@@ -1,4 +1,4 @@
-"""Timing two or more ways to do the same work, so that a busy machine does not decide which wins."""
+"""Timing ways to do the same work in turns, so that a busy machine does not decide which wins."""
 
 import dataclasses
 import math

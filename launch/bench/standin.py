@@ -58,3 +58,8 @@ def provide() -> None:
             place.ConfigDict, place.placeholder = ConfigDict, placeholder
         package.config_dict = module
         sys.modules |= {"ml_collections": package, "ml_collections.config_dict": module}
+
+
+def in_use() -> bool:
+    """Whether `provide` had to."""
+    return sys.modules["ml_collections"].ConfigDict is ConfigDict

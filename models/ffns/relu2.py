@@ -8,6 +8,8 @@ from jaxtyping import Array, Float
 from models.layers import TwoLayer
 from models.param import Dims
 
+CASES = ({"bias": True},)
+
 
 class FFN(TwoLayer):
     """width: F, 4 D when None."""

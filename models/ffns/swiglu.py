@@ -9,6 +9,8 @@ from models.context import Context
 from models.layers import add_bias
 from models.param import Dims, param
 
+CASES = ({"bias": True},)
+
 
 class FFN(nnx.Module):
     """width: F; None is 8/3 D rounded up to a multiple of 64, about a 4 D layer's parameters."""

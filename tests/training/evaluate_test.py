@@ -84,9 +84,7 @@ def test_devices_change_nothing(root, built, params):
 def test_progress_sees_every_batch(built, params):
     seen = []
     progress = lambda batches: (seen.append(1) or batch for batch in batches)
-    held_out(
-        built.program, params, built.data, built.mesh, rows=4, limit=6, progress=progress
-    )
+    held_out(built.program, params, built.data, built.mesh, rows=4, limit=6, progress=progress)
     assert len(seen) == 2
 
 
@@ -107,3 +105,12 @@ def test_nothing_to_score_is_an_error(built, params):
 
     with pytest.raises(ValueError, match="hold out more of the corpus"):
         held_out(built.program, params, Empty, built.mesh, rows=4)
+    for rows, limit in ((0, None), (4, 0)):
+        with pytest.raises(ValueError, match=r"^0 "):
+            score(built, params, rows, limit)
+
+
+def test_rows_must_divide_over_devices(root):
+    eight = tiny.setup(root, 8, mesh__data=4, mesh__tensor=2)
+    with pytest.raises(ValueError, match="3 rows at a time do not divide over 4 devices"):
+        score(eight, {}, 3)

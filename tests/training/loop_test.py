@@ -215,7 +215,7 @@ def test_parameters_that_are_not_finite_are_not_saved(built, tmp_path):
             return poison(state), values
         return state, values
 
-    with pytest.raises(loop.NotFiniteError, match="step 3 has loss .* parameter norm nan"):
+    with pytest.raises(loop.NotFiniteError, match=r"step 3 has loss .* parameter norm nan"):
         loop.run(with_step(job, step))
     with Checkpoints(tmp_path) as checkpoints:
         assert checkpoints.latest() is None
