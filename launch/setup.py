@@ -42,18 +42,16 @@ def build(config: Mapping) -> Setup:
     return Setup(config, mesh, corpus, program)
 
 
-def reopen(workdir: str | None, changes: Mapping | None = None) -> tuple[Setup, dict, int]:
+def reopen(workdir: str | None) -> tuple[Setup, dict, int]:
     """The setup, all parameters and the step of the latest checkpoint in a run's folder.
 
-    changes: replaces keys of the saved config's `mesh`. Raises ValueError where there is none.
+    Raises ValueError where there is none.
     """
     if workdir is None:
         raise ValueError("give --workdir FOLDER, the folder of a run")
     with Checkpoints(workdir) as checkpoints:
         header = checkpoints.meta()["header"]
-        config = _tuples(header["config"])
-        config["mesh"] |= dict(changes or {})
-        setup = build(config)
+        setup = build(_tuples(header["config"]))
         if setup.data.fingerprint != header["fingerprint"]:
             print(
                 f"note: the corpus has fingerprint {setup.data.fingerprint} and the run trained "

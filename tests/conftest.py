@@ -1,4 +1,4 @@
-"""Eight virtual CPU devices, silent rank promotion forbidden, shapes checked against annotations."""
+"""Eight virtual CPU devices, no silent rank promotion, shapes checked against annotations."""
 
 import os
 

@@ -23,10 +23,9 @@ def feed(data, abstract: Batch, position: int) -> Iterator[Iterator[Batch]]:
 
 
 def _assemble(pieces: list[Batch], devices: list, abstract: Batch) -> Batch:
-    def field(name):
-        like = getattr(abstract, name)
-        parts = [getattr(piece, name) for piece in pieces]
-        parts = [jax.device_put(part, device) for part, device in zip(parts, devices, strict=True)]
-        return jax.make_array_from_single_device_arrays(like.shape, like.sharding, parts)
-
-    return Batch(*map(field, Batch._fields))
+    # One call for all fields of a device: a call costs more than the few kilobytes it moves.
+    placed = [jax.device_put(piece, device) for piece, device in zip(pieces, devices, strict=True)]
+    whole = lambda like, *parts: jax.make_array_from_single_device_arrays(
+        like.shape, like.sharding, list(parts)
+    )
+    return jax.tree.map(whole, abstract, *placed)

@@ -7,6 +7,7 @@ or its gradient, because only sums cross the split and `finish` sees their globa
 import dataclasses
 from collections.abc import Callable
 
+import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
@@ -52,7 +53,6 @@ def log_likelihood(
 
     Compares with a range instead of gathering, so a sharded vocabulary is never brought together.
     """
-    top = jnp.max(logits, -1, keepdims=True)
-    log_z = jnp.log(jnp.sum(jnp.exp(logits - top), -1)) + top[:, :, 0]
+    log_z = jax.nn.logsumexp(logits, -1)
     here = jnp.arange(logits.shape[-1])[None, None] == targets[:, :, None]
     return jnp.sum(jnp.where(here, logits, 0.0), -1) - log_z, log_z

@@ -1,4 +1,4 @@
-"""What every file in models/heads must hold, tied and untied; a new file is tested by being there."""
+"""What every file in models/heads must hold, tied or not; a new file is tested by being there."""
 
 import importlib
 import pkgutil

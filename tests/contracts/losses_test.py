@@ -1,5 +1,6 @@
 """What every file in training/losses must hold; a new file is tested by being there."""
 
+import functools
 import importlib
 import pkgutil
 
@@ -49,7 +50,7 @@ def _batch(seed=1):
     at = np.broadcast_to(np.arange(L, dtype=np.int32), (B, L))
     inside = at < ends[:, None]
     words = np.stack([np.zeros(B), np.arange(B)], -1).astype(np.uint32)
-    batch = Batch(
+    return Batch(
         inputs=rng.integers(0, REAL, (B, L), dtype=np.int32),
         targets=rng.integers(0, REAL, (B, L), dtype=np.int32),
         weights=np.float32(rng.choice([0.0, 0.5, 1.0, 2.0], (B, L)) * inside),
@@ -58,20 +59,22 @@ def _batch(seed=1):
         sample=words,
         domain=np.zeros(B, np.int32),
     )
-    return jax.tree.map(jnp.asarray, batch)
 
 
 def _context(micro, totals):
     return of_batch(micro, key=jax.random.key(0), train=True, totals=totals)
 
 
-def _totals(loss, params, batch, given=None):
-    given = {} if given is None else given
-    return counts(batch) | loss.sums(params, batch, _context(batch, given))
+@functools.cache
+def _compiled(loss):
+    """(value, sums, gradient) of rows `[B L]` by autodiff, and the same by micro-batches."""
 
+    def direct(params, batch):
+        sums = counts(batch) | loss.sums(params, batch, _context(batch, {}))
+        return loss.finish(sums)[0], sums
 
-def _rows(batch, rows):
-    return jax.tree.map(lambda x: x[rows], batch)
+    split = lambda params, parts: value_and_grad(loss, params, parts, _context)
+    return jax.jit(jax.value_and_grad(direct, has_aux=True)), jax.jit(split)
 
 
 def _split(batch, A):
@@ -86,21 +89,26 @@ def _close(actual, expected, tolerance=1e-5):
 
 @every_case
 def test_sums_are_additive_float32(loss):
-    sums = jax.jit(lambda params, batch: _totals(loss, params, batch))
-    halves = (slice(0, B), slice(0, B // 2), slice(B // 2, B))
-    whole, *parts = (sums(PARAMS, _rows(_batch(), rows)) for rows in halves)
+    """A batch with some of its rows emptied, and one with the others, add up to the whole."""
+    sums = lambda batch: _compiled(loss)[0](PARAMS, batch)[0][1]
+    first = (np.arange(B) < 3)[:, None]
+    keep = lambda batch, rows: batch._replace(
+        weights=batch.weights * rows, segment_ids=batch.segment_ids * rows
+    )
+    whole = sums(_batch())
     assert set(loss.needs) <= set(whole)
     assert all(total.dtype == jnp.float32 for total in whole.values())
+    parts = [sums(keep(_batch(), rows)) for rows in (first, ~first)]
     _close(jax.tree.map(jnp.add, *parts), whole)
 
 
 @every_case
 def test_finish_is_linear_in_what_it_does_not_need(loss):
     """Its derivative there is the same at two random points that agree in `needs` and counts."""
-    whole = jax.jit(lambda params: _totals(loss, params, _batch()))(PARAMS)
+    whole = jax.device_get(_compiled(loss)[0](PARAMS, _batch())[0][1])
     fixed = {"weight", "tokens", *loss.needs}
     rng = np.random.default_rng(3)
-    random = lambda x: jnp.float32(np.abs(rng.normal(size=x.shape)) * 5)
+    random = lambda x: np.float32(np.abs(rng.normal(size=x.shape)) * 5)
     points = [{n: x if n in fixed else random(x) for n, x in whole.items()} for _ in range(2)]
     slope = jax.jit(jax.grad(lambda totals: loss.finish(totals)[0]))
     first, second = map(slope, points)
@@ -110,27 +118,23 @@ def test_finish_is_linear_in_what_it_does_not_need(loss):
 
 
 @every_case
-def test_the_gradient_is_that_of_the_whole(loss):
+@pytest.mark.parametrize("A", [1, 4])
+def test_the_gradient_is_that_of_the_whole(loss, A):
     """By micro-batches and at once, against autodiff through finish(sums) of the whole batch."""
-    batch = _batch()
-    direct = lambda params: loss.finish(_totals(loss, params, batch))[0]
-    value, gradient = jax.jit(jax.value_and_grad(direct))(PARAMS)
+    direct, split = _compiled(loss)
+    (value, _), gradient = direct(PARAMS, _batch())
     assert all(np.abs(g).max() > 0 for g in gradient.values())
-    run = jax.jit(lambda params, parts: value_and_grad(loss, params, parts, _context))
-    for A in (1, 4):
-        scalar, metrics, _, accumulated = run(PARAMS, _split(batch, A))
-        assert all(metric.dtype == jnp.float32 for metric in jax.tree.leaves(metrics))
-        _close([scalar, accumulated], [value, gradient])
+    scalar, metrics, _, accumulated = split(PARAMS, _split(_batch(), A))
+    assert all(metric.dtype == jnp.float32 for metric in jax.tree.leaves(metrics))
+    _close([scalar, accumulated], [value, gradient])
 
 
 @every_case
 def test_a_batch_without_targets_is_finite_and_gives_no_gradient(loss):
     """Rows of nothing but padding: no NaN, and no gradient."""
-    batch = _batch()
-    empty = {n: 0 * getattr(batch, n) for n in ("weights", "segment_ids", "positions")}
-    parts = jax.tree.map(lambda x: x[None], batch._replace(**empty))
-    run = jax.jit(lambda params, parts: value_and_grad(loss, params, parts, _context))
-    scalar, metrics, _, gradient = run(PARAMS, parts)
+    empty = {n: 0 * getattr(_batch(), n) for n in ("weights", "segment_ids", "positions")}
+    parts = _split(_batch()._replace(**empty), 4)
+    scalar, metrics, _, gradient = _compiled(loss)[1](PARAMS, parts)
     assert all(np.all(np.isfinite(leaf)) for leaf in jax.tree.leaves((scalar, metrics)))
     for path, leaf in gradient.items():
         np.testing.assert_array_equal(leaf, 0, err_msg=path)
@@ -138,10 +142,9 @@ def test_a_batch_without_targets_is_finite_and_gives_no_gradient(loss):
 
 @every_case
 def test_one_device_equals_eight(loss):
-    parts = _split(_batch(), 2)
-    run = jax.jit(lambda params, parts: value_and_grad(loss, params, parts, _context))
+    parts, run = _split(_batch(), 4), _compiled(loss)[1]
     expected = run(PARAMS, parts)
-    with jax.set_mesh(meshes.make(data=4, tensor=2)):
+    with jax.set_mesh(meshes.make(data=2, tensor=4)):
         put = lambda x, *names: jax.device_put(x, spec(*names, *[None] * (x.ndim - len(names))))
         axes = {"tokens": ("vocab", None), "head/kernel": (None, "vocab")}
         placed = {path: put(leaf, *axes[path]) for path, leaf in PARAMS.items()}

@@ -49,7 +49,7 @@ def test_build_makes_the_mesh_current(root):
 
 def test_a_reopened_run_has_averaged_and_frozen_parameters(root, tmp_path):
     """All of them, on a mesh of another shape, in the types that the config file gave."""
-    own = dict(trainable="blocks/.*", ema=0.5, model__layers=2, model__prefix="attention")
+    own = dict(trainable="blocks/.*", ema=0.5)
     built = setup.build(config(root, **own))
     state = built.program.init()
     ema = {path: leaf + 1 for path, leaf in state.params.items()}

@@ -1,5 +1,6 @@
 """`train` as a process that is told to stop, and as one that must stop by itself."""
 
+import functools
 import os
 import re
 import signal
@@ -12,11 +13,12 @@ import pytest
 
 from launch import train
 from launch.files import ROOT
+from parallel import mesh as meshes
 from tests import tiny
 from training.checkpoint import Checkpoints
 from training.metrics import read
 
-STEPS = 120
+STEPS = 60
 
 
 @pytest.fixture(scope="module")
@@ -94,7 +96,8 @@ def test_sigterm_saves_and_the_same_command_goes_on(start, tmp_path):
 def test_a_run_whose_loss_is_not_finite_exits_with_1(root, tmp_path, monkeypatch, capsys):
     """Three steps of plain gradient descent at a rate of 1e30 leave nothing finite."""
     own = dict(optim__name="sgd", optim__lr=1e30, optim__clip="none", optim__weight_decay=0)
-    argv = tiny.flags(root, data__batch_size=8, mesh__data=8, train__save_every=1, **own)
+    argv = tiny.flags(root, train__save_every=1, **own)
+    monkeypatch.setattr(meshes, "make", functools.partial(meshes.make, jax.devices()[:1]))
     command = ["train", "--config", "base", "--workdir", str(tmp_path / "run"), *argv]
     monkeypatch.setattr(sys, "argv", command)
     with jax.set_mesh(None), pytest.raises(SystemExit) as stop:

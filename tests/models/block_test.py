@@ -34,14 +34,13 @@ def test_a_tap_reports_the_streams_mean_square_over_valid_tokens():
     segments, positions = packed([(5, 4)])
     inputs = jnp.asarray(np.arange(12, dtype=np.int32)[None])
     run = jax.jit(lambda p, ctx: built.model(p)(inputs, ctx)[1])
-    assert run(built.params, context(segments, positions)) == {}
-    sums = run(built.params, context(segments, positions, taps=("residual",)))
+    assert jax.eval_shape(run, built.params, context(segments, positions)) == {}
+    # Without anything that writes to the stream, it is the embeddings: nine valid ones of twelve.
+    quiet = {p: 0 * a if p.endswith(("out", "down")) else a for p, a in built.params.items()}
+    sums = run(quiet, context(segments, positions, taps=("residual",)))
     assert {path: leaf.shape for path, leaf in sums.items()} == {
         "prefix/0/residual": (),
         "blocks/0/residual": (2,),
     }
-    # Without anything that writes to the stream, it is the embeddings: nine valid ones of twelve.
-    quiet = {p: 0 * a if p.endswith(("out", "down")) else a for p, a in built.params.items()}
-    sums = run(quiet, context(segments, positions, taps=("residual",)))
     embedded = np.float64(built.params["tokens"][:9])
     close(sums["blocks/0/residual"], np.full(2, np.mean(embedded**2, -1).sum()))

@@ -148,14 +148,17 @@ class TestDropout:
 
     def test_depends_on_the_row_and_not_on_its_place(self):
         whole = self._mask(self.ROWS)
-        order = np.array([3, 0, 7, 2])
+        order = np.array([3, 0, 7, 2, 1, 5, 6, 4])
         np.testing.assert_array_equal(self._mask(self.ROWS[order]), whole[order])
+        strangers = np.arange(20, 28, dtype=np.uint64)
+        strangers[5] = self.ROWS[4]
+        np.testing.assert_array_equal(self._mask(strangers)[5], whole[4])
         flat = whole.reshape(self.B, -1) > 0
         assert all(np.any(flat[i] != flat[j]) for i in range(self.B) for j in range(i))
 
     def test_depends_on_run_layer_and_salt(self):
         masks = [
-            self._mask(self.ROWS[:2], **changed)
+            self._mask(self.ROWS, **changed)
             for changed in ({}, {"seed": 1}, {"layer": 4}, {"salt": 1})
         ]
         assert all(np.any(masks[i] != masks[j]) for i in range(4) for j in range(i))
@@ -167,7 +170,8 @@ class TestDropout:
             np.testing.assert_array_equal(self._mask(self.ROWS, x=x), expected)
 
     def test_rate_and_scale(self):
-        kept = self._mask(np.arange(100, dtype=np.uint64)) > 0
+        rows = np.arange(800, dtype=np.uint64).reshape(100, 8)
+        kept = np.concatenate([self._mask(part) for part in rows]) > 0
         np.testing.assert_allclose(self._mask(self.ROWS).max(), 1 / (1 - self.RATE), rtol=1e-6)
         # Four standard deviations of a share of n Bernoulli draws.
         spread = 4 * math.sqrt(self.RATE * (1 - self.RATE) / kept.size)

@@ -95,19 +95,17 @@ def scanned():
 
 
 ALONE = ("attention",)
-TWO = dict(pattern=ALONE * 2)
 
 
 @pytest.mark.parametrize(
     "changes",
     [
         dict(unroll=N),
-        dict(remat="dots", **TWO),
+        dict(remat="dots", pattern=ALONE * 2),
         dict(remat="named", unroll=2),
         dict(prefix=ALONE, suffix=ALONE, remat="full"),
-        dict(prefix=ALONE * 2, pattern=ALONE * 3, suffix=ALONE * 2),
     ],
-    ids=["unrolled", "pattern-dots", "named-by-two", "around-full", "no-period"],
+    ids=["unrolled", "pattern-dots", "named-by-two", "around-full"],
 )
 def test_the_same_layers_in_another_layout(scanned, changes):
     layers, expected = scanned

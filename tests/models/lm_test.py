@@ -156,7 +156,10 @@ def test_padded_vocabulary_under_the_loss_and_tied_in_bfloat16():
 @pytest.mark.parametrize(
     ("changes", "words"),
     [
-        (dict(layers=4, prefix=("attention",), pattern=("attention",) * 2), "4 layers are not 1 of"),
+        (
+            dict(layers=4, prefix=("attention",), pattern=("attention",) * 2),
+            "4 layers are not 1 of",
+        ),
         (dict(layers=1, prefix=("attention",), suffix=("attention",)), "1 layers are not"),
         (dict(remat="some"), "remat 'some' is unknown; known: none, full, dots, named"),
         (dict(positions="sinus"), "positions 'sinus' is unknown"),

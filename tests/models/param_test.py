@@ -135,6 +135,7 @@ def test_errors():
         param(nnx.Rngs(0), (2, 3), ("embed",))
     with pytest.raises(ValueError, match=r"init \('uniform', 1\) is unknown; known: \('normal'"):
         param(nnx.Rngs(0), (2,), (None,), init=("uniform", 1))
-    with jax.set_mesh(meshes.make(jax.devices()[:1])):  # names are looked up where there is a mesh
-        with pytest.raises(ValueError, match="'width' of dimension 0 is not in"):
-            param(nnx.Rngs(0), (2,), ("width",))
+    mesh = meshes.make(jax.devices()[:1])  # names are looked up where there is a mesh
+    unknown = pytest.raises(ValueError, match="'width' of dimension 0 is not in")
+    with jax.set_mesh(mesh), unknown:
+        param(nnx.Rngs(0), (2,), ("width",))

@@ -217,7 +217,11 @@ def test_frozen_and_trained_together_are_the_model(partly, one):
 @pytest.mark.parametrize(
     ("overrides", "sizes", "words"),
     [
-        ({"data.batch_size": "12"}, {"data": 8}, ["12 rows in 2", "leave 6", "8 devices", "data=8"]),
+        (
+            {"data.batch_size": "12"},
+            {"data": 8},
+            ["12 rows in 2", "leave 6", "8 devices", "data=8"],
+        ),
         (TWO_HEADS, {"tensor": 4, "data": 2}, ["'heads'", "2", "tensor=4"]),
         (
             {"model.mixers.attention.kv_heads": "1"},

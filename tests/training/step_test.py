@@ -36,9 +36,7 @@ def _finish(totals):
     return totals["square"] / totals["weight"], {"load": totals["load"]}
 
 
-LOSS = Loss(
-    _sums, _finish, after=lambda aux, totals: aux | {"bias": aux["bias"] + totals["load"]}
-)
+LOSS = Loss(_sums, _finish, after=lambda aux, totals: aux | {"bias": aux["bias"] + totals["load"]})
 
 
 def _batch():
@@ -125,7 +123,7 @@ def test_counters_advance(taken):
 
 
 def test_norms_are_of_groups_and_of_all(taken):
-    before, batch, after, metrics = taken
+    _, batch, after, metrics = taken
     _, gradient = _gradient()
     moved = {p: np.float64(after.params[p]) - np.float64(PARAMS[p]) for p in PARAMS}
     trees = dict(gradient=gradient, update=moved, parameter=after.params)
