@@ -14,25 +14,28 @@ from collections.abc import Mapping, Sequence
 from launch.config import resolve
 from launch.files import ROOT, render
 from launch.schema import Key, UsageError
-from launch.usage import usage
+from launch.usage import plain_usage, usage
 
 PREFIX = "config."
 COMMON = {
+    "workdir": Key(str, None, True, (), "folder of the run: checkpoints, metrics, events"),
+    "help": Key(bool, False, False, (), "this text"),
+}
+# Of commands that begin a run; the others read the configuration that a run has kept.
+BEGINNING = {
     "config": Key(
         str, None, True, (), "experiments/NAME.py, a printed configuration, or NAME alone"
     ),
-    "workdir": Key(str, None, True, (), "folder of the run: checkpoints, metrics, pictures"),
     "print_config": Key(bool, False, False, (), "print the configuration that would run, and stop"),
     "print_params": Key(bool, False, False, (), "print the table of parameters, and stop"),
-    "help": Key(bool, False, False, (), "this text"),
 }
 
 
 @dataclasses.dataclass(frozen=True)
 class Parsed:
-    """config: plain nested dict, exactly what runs; None where no --config is asked for or given.
+    """config: plain nested dict, exactly what runs; None for a command that takes none.
 
-    flags: a namespace of all other flags, with `config` (the path as given) and `workdir`.
+    flags: a namespace of all other flags, with `workdir` and `config` (the path as given).
     """
 
     config: dict | None
@@ -52,23 +55,22 @@ def parse(
 
     argv: without the program's name; sys.argv[1:] when None.  prog: the command, for messages.
     about: a paragraph for --help.  flags: the command's own flags, {name: Key}.
-    needs_config: whether it is an error to leave --config out.  root: the repository.
+    needs_config: whether the command takes a configuration, and needs one.  root: the repository.
 
     Exits with status 2 and one sentence on stderr for anything wrong; with 0 after --help and
     --print_config.
     """
-    known = COMMON | dict(flags or {})
+    known = (BEGINNING if needs_config else {}) | COMMON | dict(flags or {})
     try:
         given, overrides = _split(sys.argv[1:] if argv is None else argv, known)
         values = {name: _value(known[name], name, text) for name, text in given.items()}
         values = {name: key.default for name, key in known.items()} | values
         if values.pop("help"):
-            print(usage(prog, about, known, values["config"], overrides, root), end="")
+            text = usage if needs_config else plain_usage
+            print(text(prog, about, known, values.get("config"), overrides, root), end="")
             raise SystemExit(0)
-        config = _config(values["config"], overrides, needs_config, root)
-        if values.pop("print_config"):
-            if config is None:
-                raise UsageError("--print_config needs --config FILE")
+        config = _config(values["config"], overrides, root) if needs_config else None
+        if values.pop("print_config", False):
             print(render(config), end="")
             raise SystemExit(0)
     except UsageError as error:
@@ -77,16 +79,14 @@ def parse(
     return Parsed(config, types.SimpleNamespace(**values))
 
 
-def _config(path: str | None, overrides: Mapping[str, str], needed: bool, root) -> dict | None:
+def _config(path: str | None, overrides: Mapping[str, str], root) -> dict:
     if path is not None:
         return resolve(path, overrides, root)
     if overrides:
         raise UsageError(
             f"--config.{next(iter(overrides))} changes a configuration; give --config FILE"
         )
-    if needed:
-        raise UsageError("give --config FILE, for example --config quickstart")
-    return None
+    raise UsageError("give --config FILE, for example --config experiments/quickstart.py")
 
 
 def _value(key: Key, name: str, text: str) -> object:
@@ -106,7 +106,7 @@ def _split(argv: Sequence[str], known: Mapping[str, Key]) -> tuple[dict, dict]:
             raise UsageError(f"unexpected argument {argument!r}; flags look like --name=value")
         name, sign, text = argument.removeprefix("--").partition("=")
         is_key = name.startswith(PREFIX)
-        if not is_key and name not in known:
+        if not (is_key and "config" in known) and name not in known:
             raise UsageError(f"there is no flag --{name}{_guess(name, known)}")
         if not sign:
             text = _next(rest, name, not is_key and known[name].kind is bool)
@@ -131,4 +131,6 @@ def _guess(name: str, known: Mapping[str, Key]) -> str:
     near = difflib.get_close_matches(name, known, n=1, cutoff=0.6)
     if near:
         return f"; did you mean --{near[0]}?"
+    if "config" not in known:
+        return "; --help lists all flags"
     return "; --help lists all flags, and keys of the configuration are --config.KEY=VALUE"

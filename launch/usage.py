@@ -35,6 +35,12 @@ def usage(
     return "\n".join(lines) + "\n"
 
 
+def plain_usage(prog: str, about: str, flags: Mapping[str, Key], *_) -> str:
+    """The text of a command that takes no configuration."""
+    lines = [f"usage: uv run {prog} --workdir FOLDER [--FLAG=VALUE ...]", "", about, "", "flags:"]
+    return "\n".join([*lines, *(_flag(name, key) for name, key in flags.items())]) + "\n"
+
+
 def _forms() -> str:
     return "set one by --config.KEY=VALUE (tuples: a,b)"
 

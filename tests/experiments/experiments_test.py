@@ -60,7 +60,7 @@ def test_file_imports_only_what_it_may(path):
 @pytest.mark.parametrize("name", NAMES)
 def test_docstring_says_how_to_run_it_and_what_came_out(name):
     text = inspect.getdoc(importlib.import_module(f"experiments.{name}"))
-    assert f"python -m launch.train --config {name}" in text
+    assert f"uv run train --config experiments/{name}.py" in text
     if name != "base":
         assert "\nCOST " in text
         assert "\nEXPECTED " in text

@@ -153,8 +153,9 @@ def test_help_lists_flags_and_keys(call, command):
     status, out, err = call(command, "--help")
     assert (status, err) == (0, "")
     assert f"uv run {command}" in out
-    for words in ("--workdir=STR", "data.batch_size = 8", "model.mixers.attention.heads = 4"):
-        assert words in out
+    assert "--workdir=STR" in out
+    for words in ("data.batch_size = 8", "model.mixers.attention.heads = 4"):
+        assert (words in out) == (command == "train")
 
 
 def test_help_has_the_flags_of_the_command(call):

@@ -34,6 +34,12 @@ def test_flags_of_all_and_of_one_command():
     assert parse([], needs_config=False).config is None
 
 
+@pytest.mark.parametrize("flag", ["--config=base", "--config.seed=1", "--print_params"])
+def test_a_command_without_configuration_refuses_one(capsys, flag):
+    name = flag.partition("=")[0]
+    assert f"no flag {name}" in _refused(capsys, flag, needs_config=False)
+
+
 @pytest.mark.parametrize(
     ("argv", "parts"),
     [
@@ -52,7 +58,7 @@ def test_flags_of_all_and_of_one_command():
     ],
 )
 def test_wrong_flags(capsys, argv, parts):
-    error = _refused(capsys, *argv, needs_config="--print_config" not in argv)
+    error = _refused(capsys, *argv)
     assert error.startswith("launch.train: ")
     for part in parts:
         assert part in error
