@@ -34,7 +34,8 @@ def generate(
     context: static fields of Context (dtype).  A row's text does not depend on the other rows.
 
     Raises:
-      ValueError: an empty prompt, no tokens asked for, or sampling that means nothing.
+      ValueError: an empty prompt, no tokens asked for, more of them than the model has positions
+        for, or sampling that means nothing.
     """
     if tokens < 1:
         raise ValueError(f"tokens is {tokens}; at least 1 must be asked for")
@@ -42,6 +43,12 @@ def generate(
         if len(prompt) == 0:
             raise ValueError(f"prompt {i} has no tokens; begin it with the separator {eos}")
     sampling.check(temperature, top_k, top_p)
+    longest, wanted = model(params).longest, max(map(len, prompts)) + tokens
+    if longest is not None and wanted > longest:
+        raise ValueError(
+            f"a prompt and its continuation have {wanted} tokens and the model's learned positions "
+            f"end at {longest}; ask for fewer tokens"
+        )
     padded, lengths = _pad(prompts, eos)
     drawn = dict(temperature=temperature, top_p=top_p)
     run = _compiled(model, tokens, eos, top_k, tuple(sorted(context.items())))

@@ -70,8 +70,15 @@ class Block(nnx.Module):
     def __call__(
         self, x: Float[Array, "B L D"], ctx: Context
     ) -> tuple[Float[Array, "B L D"], dict]:
-        x, mixer_aux = self._add(x, lambda h: self.mixer(h, ctx), ctx, 0)
-        x, ffn_aux = self._add(x, lambda h: self.ffn(h, ctx), ctx, 1)
+        mode = "causal" if ctx.causal else "bidirectional"
+        if mode not in self.mixer.modes:
+            raise ValueError(
+                f"{type(self.mixer).__module__} can be {', '.join(sorted(self.mixer.modes))} and "
+                f"model.causal={ctx.causal} asks for {mode}"
+            )
+        of = lambda part: ctx.replace(totals=ctx.totals_of(part))
+        x, mixer_aux = self._add(x, lambda h: self.mixer(h, of("mixer")), ctx, 0)
+        x, ffn_aux = self._add(x, lambda h: self.ffn(h, of("ffn")), ctx, 1)
         aux = {f"mixer/{n}": a for n, a in mixer_aux.items()}
         aux |= {f"ffn/{n}": a for n, a in ffn_aux.items()}
         if "residual" in ctx.taps:

@@ -17,7 +17,8 @@ class Context:
 
     positions: place of a token in its document.  segment_ids: document within the row, 0 padding.
     sample: row number as (high, low) words.  key: the run's key, None when nothing is random.
-    layer: number of this layer.  totals: sums over the whole global batch that the loss `needs`.
+    layer: number of this layer.  totals: sums over the whole global batch that the loss `needs`;
+    a mixer or ffn sees those of its own layer, under the names it reported.
     token_types: sentence A or B (BERT), zeros when None.
     dtype: of the computation.  train: dropout is on.  causal: tokens do not see later ones.
     decoding: x holds one token a row, so its length is never split over devices.
@@ -46,6 +47,11 @@ class Context:
     def stream(self) -> PartitionSpec | None:
         """The layout of the residual stream `[B L D]`, for out_sharding."""
         return spec("batch", None if self.decoding else "length", None)
+
+    def totals_of(self, path: str) -> dict:
+        """The totals below a path, named from there: of one layer, then of its mixer or ffn."""
+        inside = f"{path}/"
+        return {n.removeprefix(inside): t for n, t in self.totals.items() if n.startswith(inside)}
 
     def replace(self, **changes) -> "Context":
         return dataclasses.replace(self, **changes)

@@ -143,6 +143,11 @@ class LM(nnx.Module):
         x, cache = self._layers(decode, self._embed(inputs, ctx), ctx, cache)
         return self._logits(x), cache
 
+    @property
+    def longest(self) -> int | None:
+        """The longest sequence the model can take; None where nothing limits it."""
+        return None if self.positions is None else self.positions.shape[0]
+
     def masked_flops(self, length: int) -> float:
         """Forward FLOPs a token that full attention squares spend on what a causal mask forbids."""
         mixers = [block.mixer for block in (*self.prefix, *self.suffix)]
@@ -166,19 +171,22 @@ class LM(nnx.Module):
         """Every layer in order; call is `(block, x, ctx, cache) -> (x, out)`. Outs come by path."""
         outs, offset = {}, len(self.prefix)
         for i, block in enumerate(self.prefix):
-            x, outs[f"prefix/{i}"] = self._alone(call, block, x, ctx, i, caches.get(f"prefix/{i}"))
+            path = f"prefix/{i}"
+            x, outs[path] = self._alone(call, block, x, ctx, i, path, caches)
         if self.periods:
             x, scanned = self._scan(call, x, ctx, offset, caches)
             outs |= scanned
         offset += self.periods * len(self.blocks)
         for i, block in enumerate(self.suffix):
-            cache = caches.get(f"suffix/{i}")
-            x, outs[f"suffix/{i}"] = self._alone(call, block, x, ctx, offset + i, cache)
+            path = f"suffix/{i}"
+            x, outs[path] = self._alone(call, block, x, ctx, offset + i, path, caches)
         return x, outs
 
-    def _alone(self, call, block, x, ctx, number, cache):
+    def _alone(self, call, block, x, ctx, number, path, caches):
+        cache = caches.get(path)
         graph, state = nnx.split(block)
-        return self._one(call, graph, True)(state, x, ctx.replace(layer=jnp.int32(number)), cache)
+        ctx = ctx.replace(layer=jnp.int32(number), totals=ctx.totals_of(path))
+        return self._one(call, graph, True)(state, x, ctx, cache)
 
     def _scan(self, call, x, ctx, offset, caches):
         graphs, states = zip(*map(nnx.split, self.blocks), strict=True)
@@ -187,15 +195,17 @@ class LM(nnx.Module):
         ones = [self._one(call, graph, not looped) for graph in graphs]
 
         def period(x, scanned):
-            first, states, caches = scanned
+            first, states, caches, totals = scanned
             outs = {}
             for j, (path, one) in enumerate(zip(paths, ones, strict=True)):
-                x, outs[path] = one(states[j], x, ctx.replace(layer=first + j), caches.get(path))
+                own = ctx.replace(layer=first + j, totals=totals[path])
+                x, outs[path] = one(states[j], x, own, caches.get(path))
             return x, outs
 
         first = offset + len(graphs) * jnp.arange(self.periods, dtype=jnp.int32)
         caches = {path: caches[path] for path in paths if path in caches}
-        return jax.lax.scan(period, x, (first, states, caches), unroll=self.unroll)
+        totals = {path: ctx.totals_of(path) for path in paths}
+        return jax.lax.scan(period, x, (first, states, caches, totals), unroll=self.unroll)
 
     def _one(self, call, graph, prevent_cse):
         def run(state, x, ctx, cache):

@@ -92,7 +92,7 @@ def run(job: Run) -> Outcome:
         # ------------------------------------------------------------ steps
         step, pending = first, None
         for step in range(first + 1, steps + 1):
-            profile.before(step)
+            profile.before(step, state)
             state, metrics = program.step(state, next(batches))
             if pending is not None:
                 watch.read(*pending)
@@ -250,11 +250,12 @@ class _Profile:
         if self._running:
             jax.profiler.stop_trace()
 
-    def before(self, step: int) -> None:
+    def before(self, step: int, state: TrainState) -> None:
         if step == self._start:
             jax.profiler.start_trace(str(self._folder))
             self._running = True
         elif step == self._stop and self._running:
+            jax.block_until_ready(state.step)
             jax.profiler.stop_trace()
             self._running = False
 
