@@ -45,13 +45,14 @@ def build(config: Mapping) -> Setup:
 def reopen(workdir: str | None) -> tuple[Setup, dict, int]:
     """The setup, all parameters and the step of the latest checkpoint in a run's folder.
 
-    Raises ValueError where there is none.
+    A run of another number of devices is laid out over those that are here. Raises ValueError where there is none.
     """
     if workdir is None:
         raise ValueError("give --workdir FOLDER, the folder of a run")
     with Checkpoints(workdir) as checkpoints:
         header = checkpoints.meta()["header"]
-        setup = build(_tuples(header["config"]))
+        config = _tuples(header["config"])
+        setup = build(config | {"mesh": _mesh_here(config["mesh"])})
         if setup.data.fingerprint != header["fingerprint"]:
             print(
                 f"note: the corpus has fingerprint {setup.data.fingerprint} and the run trained "
@@ -65,6 +66,14 @@ def reopen(workdir: str | None) -> tuple[Setup, dict, int]:
             frozen, _ = checkpoints.restore_params(None, state.aux["frozen"], aux="frozen")
             params = frozen | params
         return setup, params, checkpoints.latest()
+
+
+def _mesh_here(sizes: Mapping) -> Mapping:
+    """The run's mesh where it fits the devices here, else all of them on the fsdp axis."""
+    try:
+        return meshes.sizes(len(jax.devices()), **sizes)
+    except ValueError:
+        return meshes.sizes(len(jax.devices()), fsdp=-1)
 
 
 def header(setup: Setup) -> dict:

@@ -52,5 +52,5 @@ def test_text_longer_than_the_learned_positions_is_refused():
     sizes = dict(vocab=8, length=12, d_model=32, layers=1, pattern=("attention",))
     lm = LM(rngs=nnx.Rngs(0), positions="learned", **sizes)
     asked = dict(tokens=7, eos=0, context={"dtype": "float32"})
-    with pytest.raises(ValueError, match="have 13 tokens .* end at 12"):
+    with pytest.raises(ValueError, match=r"have 13 tokens .* end at 12"):
         generate(lambda params: lm, {}, [np.arange(6)], **asked)
