@@ -45,7 +45,8 @@ def build(config: Mapping) -> Setup:
 def reopen(workdir: str | None) -> tuple[Setup, dict, int]:
     """The setup, all parameters and the step of the latest checkpoint in a run's folder.
 
-    A run of another number of devices is laid out over those that are here. Raises ValueError where there is none.
+    A run of another number of devices is laid out over those that are here. Raises ValueError
+    where the folder holds no checkpoint.
     """
     if workdir is None:
         raise ValueError("give --workdir FOLDER, the folder of a run")
