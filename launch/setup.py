@@ -30,12 +30,13 @@ class Setup:
     program: programs.Program
 
 
-def build(config: Mapping) -> Setup:
+def build(config: Mapping, mesh: jax.sharding.Mesh | None = None) -> Setup:
     """Mesh, data and program of a resolved config; the mesh becomes the current one.
 
+    mesh: instead of the config's.
     Raises ValueError in one sentence for whatever does not fit.
     """
-    mesh = meshes.make(**config["mesh"])
+    mesh = meshes.make(**config["mesh"]) if mesh is None else mesh
     corpus = data.pipeline.build(seed=config["seed"], **config["data"])
     program = programs.build(config, mesh, corpus.vocab_size)
     jax.set_mesh(mesh)
@@ -53,7 +54,7 @@ def reopen(workdir: str | None) -> tuple[Setup, dict, int]:
     with Checkpoints(workdir) as checkpoints:
         header = checkpoints.meta()["header"]
         config = _tuples(header["config"])
-        setup = build(config | {"mesh": _mesh_here(config["mesh"])})
+        setup = build(config, _mesh_here(config["mesh"]))
         if setup.data.fingerprint != header["fingerprint"]:
             print(
                 f"note: the corpus has fingerprint {setup.data.fingerprint} and the run trained "
@@ -69,12 +70,12 @@ def reopen(workdir: str | None) -> tuple[Setup, dict, int]:
         return setup, params, checkpoints.latest()
 
 
-def _mesh_here(sizes: Mapping) -> Mapping:
+def _mesh_here(sizes: Mapping) -> jax.sharding.Mesh:
     """The run's mesh where it fits the devices here, else all of them on the fsdp axis."""
     try:
-        return meshes.sizes(len(jax.devices()), **sizes)
+        return meshes.make(**sizes)
     except ValueError:
-        return meshes.sizes(len(jax.devices()), fsdp=-1)
+        return meshes.make(fsdp=-1)
 
 
 def header(setup: Setup) -> dict:
