@@ -72,14 +72,13 @@ def get_config():
     config.model.norm_eps = 1e-6  # added to the variance
     config.model.dropout = 0.0  # share dropped of embeddings and of each sublayer's output
     config.model.positions = "none"  # added to embeddings; rotary ones belong to mixers
-    config.model.token_types = 0  # rows of a token type embedding (BERT has 2)
+    config.model.token_types = 0  # rows of a token type embedding (BERT has 2); data gives type 0
     config.model.embed_norm = False  # a norm after the embeddings
     config.model.embed_scale = 1.0  # factor on token embeddings
     config.model.softcap = placeholder(float)  # cap * tanh(logits / cap) on the logits
     config.model.causal = True  # tokens do not see later ones
     config.model.init_std = placeholder(float)  # of matrices at the start; none is 1 / sqrt(fan-in)
     config.model.scale_residual = True  # starts of residual writers divided by sqrt(2 layers)
-    config.model.base_d_model = placeholder(int)  # width the recipe was tuned at; none is d_model
     config.model.remat = "none"  # what the backward pass recomputes; see models/lm.py
     config.model.unroll = 1  # periods of the pattern in one turn of the scan
     config.model.taps = ()  # sums that layers also report, such as residual (mean square of x)

@@ -22,6 +22,7 @@ def get_config():
     config.steps = 12_000
     config.data.batch_size = 256
     config.data.length = 8192
+    config.data.micro_batches = 16
     config.model.d_model = 2048
     config.model.layers = 16
     config.model.mixers.attention = dict(

@@ -22,6 +22,7 @@ def get_config():
     config.steps = 476_838
     config.data.batch_size = 1024
     config.data.length = 4096
+    config.data.micro_batches = 16
     config.model.d_model = 4096
     config.model.layers = 32
     config.model.mixers.attention = dict(heads=32)

@@ -31,7 +31,8 @@ def generate(
     """Continuations of ragged prompts, each at most `tokens` ids, cut before `eos`.
 
     model(params): the module, whose `init_cache`, `prefill` and `decode` are used.
-    context: static fields of Context (dtype).  A row's text does not depend on the other rows.
+    context: static fields of Context (dtype).  A row's text depends
+    on the seed and its place, not on the other rows.
 
     Raises:
       ValueError: an empty prompt, no tokens asked for, more of them than the model has positions
@@ -43,7 +44,10 @@ def generate(
         if len(prompt) == 0:
             raise ValueError(f"prompt {i} has no tokens; begin it with the separator {eos}")
     sampling.check(temperature, top_k, top_p)
-    longest, wanted = model(params).longest, max(map(len, prompts)) + tokens
+    lm = model(params)
+    if not lm.decodes:
+        raise ValueError("a mixer of this model has no decode method, so it cannot continue text")
+    longest, wanted = lm.longest, max(map(len, prompts)) + tokens
     if longest is not None and wanted > longest:
         raise ValueError(
             f"a prompt and its continuation have {wanted} tokens and the model's learned positions "

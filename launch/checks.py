@@ -14,7 +14,7 @@ POSITIVE = (
     "model.d_model",
     "model.layers",
     "model.vocab",
-    "model.base_d_model",
+    "model.softcap",
     "model.norm_eps",
     "model.unroll",
     "optim.lr",
@@ -23,6 +23,7 @@ POSITIVE = (
     "train.eval_every",
     "train.eval_rows",
     "train.sample_every",
+    "train.sample_tokens",
     "train.save_every",
     "train.keep",
     "train.keep_every",
@@ -52,6 +53,8 @@ def _ranges(values: Mapping[str, object]) -> None:
     for name in NOT_NEGATIVE:
         if given.get(name, 0) < 0:
             raise UsageError(f"{name} is {given[name]} and must not be negative")
+    if values["seed"] >= 2**32:
+        raise UsageError(f"seed is {values['seed']} and must be below 2^32 = {2**32}")
     for name in FRACTIONS:
         if not 0 <= given.get(name, 0) < 1:
             raise UsageError(f"{name} is {given[name]} and must be at least 0 and below 1")

@@ -35,11 +35,13 @@ BEGINNING = {
 class Parsed:
     """config: plain nested dict, exactly what runs; None for a command that takes none.
 
+    overrides: {config key: text} as the command line gave them.
     flags: a namespace of all other flags, with `workdir` and `config` (the path as given).
     """
 
     config: dict | None
     flags: types.SimpleNamespace
+    overrides: Mapping[str, str]
 
 
 def parse(
@@ -76,7 +78,7 @@ def parse(
     except UsageError as error:
         print(f"{prog}: {error}", file=sys.stderr)
         raise SystemExit(2) from None
-    return Parsed(config, types.SimpleNamespace(**values))
+    return Parsed(config, types.SimpleNamespace(**values), overrides)
 
 
 def _config(path: str | None, overrides: Mapping[str, str], root) -> dict:

@@ -7,9 +7,11 @@ from launch.schema import Key
 
 ABOUT = """\
 Continues --prompt, or every line of standard input as a prompt of its own, with the latest
-checkpoint in --workdir. One seed gives the same text whatever other prompts are in the batch."""
+checkpoint in --workdir. A text depends on --seed and its line's number, not on other prompts."""
 FLAGS = {
-    "prompt": Key(str, None, True, (), "text to continue; none reads lines from standard input"),
+    "prompt": Key(
+        str, None, True, (), "text to continue; left out, lines of standard input are", raw=True
+    ),
     "tokens": Key(int, 256, False, (), "tokens to add to each prompt"),
     "temperature": Key(float, 0.8, False, (), "divides the logits; 0 takes the likeliest token"),
     "top_k": Key(int, None, True, (), "draw among this many likeliest tokens"),
@@ -26,6 +28,8 @@ def main() -> None:
 
     given = parsed.flags
     with setup.one_sentence("generate"):
+        if not 0 <= given.seed < 2**32:
+            raise ValueError(f"--seed is {given.seed} and must be at least 0 and below 2^32")
         prompts = [given.prompt] if given.prompt is not None else _lines()
         built, params, _ = setup.reopen(given.workdir)
         if not built.config["model"]["causal"]:

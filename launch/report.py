@@ -2,10 +2,12 @@
 
 import json
 import pathlib
+import shlex
 from collections.abc import Callable, Mapping
 
 from analysis import ngrams
 from inference.generate import generate
+from launch.flags import Parsed
 from launch.setup import Setup
 from training.loop import Outcome, Run
 from training.program import parameters
@@ -24,12 +26,20 @@ def opening(setup: Setup, header: Mapping, folder: pathlib.Path) -> str:
 
 
 def sampler(setup: Setup) -> Callable[[dict], str] | None:
-    """params -> the configured prompt with the model's continuation; None for an encoder."""
+    """params -> the configured prompt with the model's continuation.
+
+    None where there is none: for an encoder, and where a mixer cannot decode.
+    """
     config, data = setup.config, setup.data
     if not config["model"]["causal"]:
         return None
     prompt, tokens = config["train"]["sample_prompt"], config["train"]["sample_tokens"]
     ids = data.tokenizer.encode_prompt(prompt)
+    lm = setup.program.model(parameters(setup.program.state))
+    if lm.longest is not None:
+        tokens = min(tokens, lm.longest - len(ids))
+    if tokens < 1 or not lm.decodes:
+        return None
 
     def sample(params: dict) -> str:
         context = {"dtype": setup.program.context["dtype"]}
@@ -48,19 +58,23 @@ def sampler(setup: Setup) -> Callable[[dict], str] | None:
     return sample
 
 
-def closing(job: Run, outcome: Outcome, config_path: str) -> str:
+def closing(job: Run, outcome: Outcome, given: Parsed) -> str:
     """Scores beside n-gram counts, a sample, and what one may do next."""
-    folder, steps = job.workdir, job.config["steps"]
-    again = f"uv run train --config {config_path} --workdir {folder}"
+    folder, steps = shlex.quote(str(job.workdir)), job.config["steps"]
+    changes = {f"--config.{key}": text for key, text in given.overrides.items() if key != "steps"}
+    chosen = [f"{flag}={shlex.quote(text)}" for flag, text in changes.items()]
+    command = ["uv run train --config", shlex.quote(given.flags.config), "--workdir", folder]
+    again = " ".join([*command, *chosen])
     if outcome.step < steps:
-        return f"stopped at step {outcome.step} of {steps}, saved; to go on: {again}"
+        at = f"--config.steps={steps}" if "steps" in given.overrides else ""
+        return f"stopped at step {outcome.step} of {steps}, saved; to go on: {again} {at}".rstrip()
     lines = []
     if not outcome.stepped:
         lines.append(f"this run is finished: {folder} holds step {outcome.step} of {steps}")
     if outcome.score is not None:
         lines += _scores(job, outcome)
-        if job.sample is not None:
-            lines += ["", "sample", job.sample(parameters(outcome.state)), ""]
+        text = outcome.text or (job.sample and job.sample(parameters(outcome.state)))
+        lines += ["", "sample", text, ""] if text else [""]
     lines += [
         f"train on:     {again} --config.steps={2 * steps}",
         f"score:        uv run evaluate --workdir {folder}",

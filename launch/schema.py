@@ -31,6 +31,7 @@ class Key:
 
     kind: int, float, bool, str or tuple (of str).  optional: `none` is accepted.
     choices: the only values accepted, if there are any.  comment: a line for --help.
+    raw: a text is taken to the letter, quotes and `none` included.
     """
 
     kind: type
@@ -38,6 +39,7 @@ class Key:
     optional: bool = False
     choices: tuple[str, ...] = ()
     comment: str = ""
+    raw: bool = False
 
     @property
     def expects(self) -> str:
@@ -65,6 +67,8 @@ class Key:
 
     def parse(self, text: str) -> object:
         """The value that a text on the command line stands for. Raises TypeError as `conform`."""
+        if self.raw:
+            return text
         if self.optional and text.lower() == "none":
             return None
         try:

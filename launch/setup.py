@@ -14,12 +14,12 @@ import jax
 
 import data.pipeline
 from parallel import mesh as meshes
+from parallel.rules import RULES
 from parallel.weight import Entry, Table
 from training import flops
 from training import program as programs
-from training.checkpoint import CheckpointError, Checkpoints
+from training.checkpoint import Checkpoints
 from training.loop import NotFiniteError
-from training.metrics import MetricsError
 
 
 @dataclasses.dataclass(frozen=True)
@@ -52,9 +52,14 @@ def reopen(workdir: str | None) -> tuple[Setup, dict, int]:
     if workdir is None:
         raise ValueError("give --workdir FOLDER, the folder of a run")
     with Checkpoints(workdir) as checkpoints:
-        header = checkpoints.meta()["header"]
+        latest = checkpoints.latest()  # once: a training process may go on beside this one
+        header = checkpoints.meta(latest)["header"]
         config = _tuples(header["config"])
-        setup = build(config, _mesh_here(config["mesh"]))
+        mesh = _mesh_here(config["mesh"])
+        ways = math.prod(mesh.shape[axis] for axis in RULES["batch"])
+        rows = config["data"]["batch_size"] // config["data"]["micro_batches"]
+        config["data"] |= {"batch_size": -(-rows // ways) * ways, "micro_batches": 1}
+        setup = build(config, mesh)
         if setup.data.fingerprint != header["fingerprint"]:
             print(
                 f"note: the corpus has fingerprint {setup.data.fingerprint} and the run trained "
@@ -63,11 +68,13 @@ def reopen(workdir: str | None) -> tuple[Setup, dict, int]:
             )
         state = setup.program.state
         averaged = "ema" in state.aux
-        params, _ = checkpoints.restore_params(None, state.params, aux="ema" if averaged else None)
+        params, _ = checkpoints.restore_params(
+            latest, state.params, aux="ema" if averaged else None
+        )
         if "frozen" in state.aux:
-            frozen, _ = checkpoints.restore_params(None, state.aux["frozen"], aux="frozen")
+            frozen, _ = checkpoints.restore_params(latest, state.aux["frozen"], aux="frozen")
             params = frozen | params
-        return setup, params, checkpoints.latest()
+        return setup, params, latest
 
 
 def _mesh_here(sizes: Mapping) -> jax.sharding.Mesh:
@@ -80,18 +87,27 @@ def _mesh_here(sizes: Mapping) -> jax.sharding.Mesh:
 
 def header(setup: Setup) -> dict:
     """What metrics.jsonl and checkpoints say of a run: all that decides its numbers."""
-    program, device, work = setup.program, setup.mesh.devices.flat[0], flops_per_token(setup)
+    program, device = setup.program, setup.mesh.devices.flat[0]
     return {
         "config": _plain(setup.config),
         "parameters": parameter_counts(program.table, vocabulary(setup)),
-        "flops_per_token": dataclasses.asdict(work)
-        | {"visible": work.visible, "full_square": work.full_square},
+        "flops_per_token": _flops(setup),
         "fingerprint": setup.data.fingerprint,
         "seed": setup.config["seed"],
         "device": {"kind": device.device_kind, "count": setup.mesh.devices.size},
         "hosts": jax.process_count(),
         "versions": {name: version(name) for name in ("jax", "flax", "optax", "orbax-checkpoint")},
     }
+
+
+def _flops(setup: Setup) -> dict:
+    """FLOPs a token by name, or {'unknown': why}: what cannot be counted can still be trained."""
+    try:
+        work = flops_per_token(setup)
+    except ValueError as error:
+        return {"unknown": str(error)}
+    both = {"visible": work.visible, "full_square": work.full_square}
+    return dataclasses.asdict(work) | both
 
 
 def flops_per_token(setup: Setup) -> flops.ModelFlops:
@@ -167,7 +183,7 @@ def one_sentence(command: str) -> Iterator[None]:
     """
     try:
         yield
-    except (NotFiniteError, CheckpointError, MetricsError, ValueError, OSError) as error:
+    except (ValueError, OSError, ImportError, NotImplementedError) as error:
         if os.environ.get("MESHWORK_TRACEBACK"):
             raise
         print(f"{command}: {' '.join(str(error).split())}", file=sys.stderr)
@@ -177,8 +193,11 @@ def one_sentence(command: str) -> Iterator[None]:
 
 
 def workdir(flags, config_path: str) -> pathlib.Path:
-    """--workdir, or runs/<name of the config>."""
-    return pathlib.Path(flags.workdir or f"runs/{pathlib.Path(config_path).stem}")
+    """--workdir, or runs/<name of the config>. Raises ValueError if it is a file."""
+    folder = pathlib.Path(flags.workdir or f"runs/{pathlib.Path(config_path).stem}")
+    if folder.exists() and not folder.is_dir():
+        raise ValueError(f"--workdir {folder} is a file; give a folder")
+    return folder
 
 
 def _tuples(tree):

@@ -17,12 +17,12 @@ def main() -> None:
     from training import loop
 
     with setup.one_sentence("train"):
+        folder = setup.workdir(parsed.flags, parsed.flags.config)
         built = setup.build(parsed.config)
         if parsed.flags.print_params:
             vocab = setup.vocabulary(built)
             print(setup.parameter_table(built.program.table, vocab), end="")
             return
-        folder = setup.workdir(parsed.flags, parsed.flags.config)
         head = setup.header(built)
         print(report.opening(built, head, folder), file=sys.stderr)
         sample = report.sampler(built)
@@ -33,11 +33,11 @@ def main() -> None:
             mesh=built.mesh,
             workdir=folder,
             header=head,
-            flops=head["flops_per_token"]["visible"],
+            flops=head["flops_per_token"].get("visible"),
             sample=sample,
         )
         outcome = loop.run(job)
-        print(report.closing(job, outcome, parsed.flags.config))
+        print(report.closing(job, outcome, parsed))
 
 
 if __name__ == "__main__":

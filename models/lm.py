@@ -71,7 +71,6 @@ class LM(nnx.Module):
         softcap: float | None = None,
         init_std: float | None = None,
         scale_residual: bool = True,
-        base_d_model: int | None = None,
         remat: str = "none",
         unroll: int = 1,
     ):
@@ -85,7 +84,7 @@ class LM(nnx.Module):
             raise ValueError(f"remat {remat!r} is unknown; known: none, {', '.join(POLICIES)}")
         if positions not in ("none", "learned"):
             raise ValueError(f"positions {positions!r} is unknown; known: none, learned")
-        dims = Dims(d_model, length, layers, base_d_model or d_model, init_std, scale_residual)
+        dims = Dims(d_model, length, layers, d_model, init_std, scale_residual)
         style = Style(norm, norm_position, norm_eps, dropout)
         self.vocab, self.remat, self.unroll, self.softcap = vocab, remat, unroll, softcap
         self.dropout, self.embed_scale = dropout, embed_scale
@@ -142,6 +141,12 @@ class LM(nnx.Module):
         decode = lambda block, x, ctx, cache: block.decode(x, ctx, cache)
         x, cache = self._layers(decode, self._embed(inputs, ctx), ctx, cache)
         return self._logits(x), cache
+
+    @property
+    def decodes(self) -> bool:
+        """Whether every mixer can continue text token by token."""
+        blocks = (*self.prefix, *self.blocks, *self.suffix)
+        return all(hasattr(block.mixer, "decode") for block in blocks)
 
     @property
     def longest(self) -> int | None:

@@ -18,7 +18,7 @@ class Dims:
     """What every layer needs to know of its model.
 
     d_model: D.  length: the longest sequence, L.  n_layers: all layers, prefix and suffix included.
-    base_d_model: the width at which the recipe was tuned (D itself unless muP is in use).
+    base_d_model: the width at which the recipe was tuned, D itself so far.
     init_std: standard deviation of matrices at the start; None means 1 / sqrt(fan-in).
     scale_residual: divide the start of matrices that write to the residual stream by sqrt(2 N)
       (GPT-2).

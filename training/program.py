@@ -62,6 +62,7 @@ def build(config: Mapping, mesh: jax.sharding.Mesh, vocab: int) -> Program:
     with jax.sharding.use_abstract_mesh(jax.sharding.AbstractMesh((), ())):
         model, abstract, construct = _model(config["model"], config["data"]["length"], vocab)
     weights = table(abstract)
+    _check_used(weights, mesh)
     _check_divides(weights, mesh)
     with jax.sharding.use_abstract_mesh(getattr(mesh, "abstract_mesh", mesh)):
         context = {name: config["model"][name] for name in ("dtype", "causal")}
@@ -125,8 +126,8 @@ def _loss(config: Mapping, apply: Callable):
     )
 
 
-def _chosen(pattern: str, weights: Table) -> set[str]:
-    chosen = {path for path in weights if re.fullmatch(pattern, path)}
+def _chosen(pattern: str, weights: Table) -> list[str]:
+    chosen = [path for path in weights if re.fullmatch(pattern, path)]
     if not chosen:
         near = difflib.get_close_matches(pattern, list(weights), n=3, cutoff=0.0)
         raise ValueError(f"trainable {pattern!r} matches no parameter; some are {', '.join(near)}")
@@ -177,6 +178,17 @@ def batch_sharding(name: str, mesh, lead: int) -> NamedSharding:
 def _field(name, field, mesh, lead):
     sharding = batch_sharding(name, mesh, lead)
     return jax.ShapeDtypeStruct(field.shape, field.dtype, sharding=sharding)
+
+
+def _check_used(weights: Table, mesh) -> None:
+    """Refuses devices that would only repeat what others do."""
+    names = {"batch", "length", *(name for entry in weights.values() for name in entry.axes)}
+    used = {axis for name in names if name for axis in RULES[name]}
+    for axis, size in mesh.shape.items():
+        if size > 1 and axis not in used:
+            raise ValueError(
+                f"mesh.{axis} is {size} and nothing in this model is split over it; set it to 1"
+            )
 
 
 def _check_divides(weights: Table, mesh) -> None:

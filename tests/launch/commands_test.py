@@ -92,9 +92,10 @@ def test_train_says_what_it_runs_what_came_out_and_what_is_next(trained):
 def test_train_again_says_that_the_run_is_finished(call, root, trained):
     workdir, out, _ = trained
     before = (workdir / "metrics.jsonl").read_bytes()
-    argv = tiny.flags(root, steps=3)
+    argv = tiny.flags(root, steps=3, train__eval_every=2)
     status, again, _ = call("train", "--config", "base", "--workdir", workdir, *argv)
     assert status == 0
+    assert " --config.train.eval_every=2" in again  # the next commands keep what was chosen
     first, rest = again.split("\n", 1)
     assert first == f"this run is finished: {workdir} holds step 3 of 3"
     assert rest == out
@@ -180,7 +181,7 @@ def test_a_workdir_that_cannot_be_one(call, root, tmp_path):
     argv = tiny.flags(root, steps=1)
     status, out, err = call("train", "--config", "base", "--workdir", file, *argv)
     assert (status, out) == (2, "")
-    assert err.splitlines()[-1] == f"train: [Errno 17] File exists: '{file}'"
+    assert err == f"train: --workdir {file} is a file; give a folder\n"
 
 
 def test_a_damaged_checkpoint(call, trained, tmp_path):

@@ -26,7 +26,7 @@ def threads():
         {"data": 8},
         {"data": 2, "fsdp": 2, "tensor": 2},
         {"replica": 2, "context": 4},
-        {"data": 2, "context": 2, "stage": 2},
+        {"replica": 2, "data": 2, "context": 2},
     ],
 )
 @pytest.mark.parametrize("position", [0, 2**33 + 5])

@@ -249,3 +249,10 @@ def test_the_config_is_not_changed():
     kept = copy.deepcopy(config)
     program.build(config, meshes.make(data=2, tensor=4), V)
     assert config == kept
+
+
+def test_an_axis_that_nothing_is_split_over_is_refused():
+    config = resolve("base", {"mesh.data": "1", "mesh.stage": "2", "model.d_model": "32"})
+    mesh = meshes.make(jax.devices()[:2], **config["mesh"])
+    with pytest.raises(ValueError, match=r"mesh.stage is 2 and nothing in this model"):
+        program.build(config, mesh, 258)

@@ -1,0 +1,29 @@
+"""What a run is made of."""
+
+import dataclasses
+import pathlib
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax
+
+from training.program import Program
+
+
+@dataclasses.dataclass(frozen=True)
+class Run:
+    """Everything a run is made of.
+
+    header: first line of metrics.jsonl, kept in checkpoints too; its `fingerprint` is the corpus's.
+    flops: floating-point operations of matrix products a token, forward and backward, or None.
+    sample(params) -> text of the model, or None.
+    """
+
+    config: Mapping
+    program: Program
+    data: Any
+    mesh: jax.sharding.Mesh
+    workdir: pathlib.Path
+    header: Mapping
+    flops: float | None
+    sample: Callable[[dict], str] | None = None

@@ -1,0 +1,126 @@
+"""What a person sees of a run while it goes on."""
+
+import math
+import sys
+import time
+from collections.abc import Iterator, Mapping
+
+import jax
+import numpy as np
+
+from training.checkpoint import Checkpoints
+from training.evaluate import Score
+from training.flops import mfu
+from training.metrics import Clock, Log
+from training.program import parameters
+from training.progress import bar
+from training.run import Run
+from training.state import TrainState, to_int
+
+# Metrics that must be finite; the last one is of the parameters that the step leaves behind.
+FINITE = ("loss", "gradient_norm", "parameter_norm")
+
+
+class NotFiniteError(ValueError):
+    """Loss, gradient or parameters of a step are not finite; one sentence with what is known."""
+
+
+class Watch:
+    """What a person sees of the run: progress bar, metrics.jsonl, TensorBoard."""
+
+    def __init__(self, job: Run, state: TrainState, checkpoints: Checkpoints):
+        self._job, self._checkpoints = job, checkpoints
+        self._first = first = int(state.step)
+        # Earlier steps may have had batches of another size.
+        self._tokens, self._position = to_int(state.tokens), to_int(state.position)
+        self._started = time.perf_counter()
+        leader = jax.process_index() == 0
+        self.log = Log(job.workdir, dict(job.header), first or None, enabled=leader)
+        self.clock = Clock()
+        self.bar = bar(total=job.config["steps"], initial=first, unit="step", disable=not leader)
+
+    def __enter__(self) -> "Watch":
+        return self
+
+    def __exit__(self, *exc) -> None:
+        self.bar.close()
+        self.log.close()
+
+    def read(self, step: int, metrics: Mapping) -> None:
+        """Fetches the metrics of a step, checks that they are finite, shows and logs them."""
+        wanted = step % self._job.config["train"]["log_every"] == 0
+        wanted = wanted or step == self._job.config["steps"] or step == self._first + 1
+        keys = metrics if wanted else FINITE
+        values = _scalars(jax.device_get({key: metrics[key] for key in keys}))
+        finite = all(math.isfinite(values[key]) for key in FINITE)
+        self.clock.tick(self._step_tokens)
+        if wanted or not finite:
+            self.log.write(step, self._seen(step), values | self._speed(step))
+        if not finite:
+            raise NotFiniteError(self._diagnosis(step, values))
+        rate = self.clock.tokens_per_second()
+        shown = {"loss": f"{values['loss']:.4f}"} | ({"tokens/s": f"{rate:,.0f}"} if rate else {})
+        self.bar.set_postfix(shown, refresh=False)
+        self.bar.update()
+
+    def score(self, step: int, score: Score) -> None:
+        values = score.values()
+        logged = {f"validation/{name}": value for name, value in values.items()}
+        self.log.write(step, self._seen(step), logged)
+        words = "  ".join(f"{name.replace('_', ' ')} {value:.4f}" for name, value in values.items())
+        self.bar.write(f"step {step:>6}  held-out {words}", file=sys.stderr)
+
+    def text(self, step: int, state: TrainState) -> str | None:
+        if self._job.sample is None:
+            return None
+        text = self._job.sample(parameters(state))
+        self.log.text(step, "sample", f"```\n{text}\n```")
+        return text
+
+    @property
+    def _step_tokens(self) -> int:
+        return self._job.config["data"]["batch_size"] * self._job.config["data"]["length"]
+
+    def _seen(self, step: int) -> int:
+        """Tokens of the run up to and with this step."""
+        return self._tokens + (step - self._first) * self._step_tokens
+
+    def _speed(self, step: int) -> dict[str, float]:
+        if step == self._first + 1:
+            return {"seconds_to_first_step": time.perf_counter() - self._started}
+        rate = self.clock.tokens_per_second()
+        if rate is None:
+            return {}
+        if self._job.flops is None:
+            return {"tokens_per_second": rate}
+        devices = self._job.mesh.devices
+        used = mfu(self._job.flops, rate, devices.flat[0].device_kind, devices.size)
+        return {"tokens_per_second": rate} | ({} if used is None else {"mfu": used})
+
+    def _diagnosis(self, step: int, values: Mapping) -> str:
+        self._checkpoints.wait()
+        kept = self._checkpoints.latest()
+        size = self._job.config["data"]["batch_size"]
+        position = self._position + (step - 1 - self._first) * size
+        names = self._job.data.names(position, position + size)
+        some = ", ".join(names[:8]) + (f" and {len(names) - 8} more" if len(names) > 8 else "")
+        last = "no checkpoint was saved before it"
+        last = last if kept is None else f"the last finite checkpoint is of step {kept}"
+        return (
+            f"step {step} has loss {values['loss']}, gradient norm {values['gradient_norm']} and "
+            f"parameter norm {values['parameter_norm']}; {last}; its batch held {some}"
+        )
+
+
+def _scalars(metrics: Mapping) -> dict[str, float]:
+    """Metrics as floats; a vector over layers becomes one value a layer."""
+
+    def named() -> Iterator[tuple[str, float]]:
+        for name, value in metrics.items():
+            flat = np.asarray(value).reshape(-1)
+            if np.ndim(value) == 0:
+                yield name, float(flat[0])
+            else:
+                yield from ((f"{name}/{i}", float(v)) for i, v in enumerate(flat))
+
+    return dict(named())
