@@ -117,6 +117,10 @@ class Data:
         """Rows of an epoch of 'train', or of the whole of 'validation'."""
         return self._split(split).rows
 
+    def holds_out(self) -> bool:
+        """Whether any document is held out for validation."""
+        return self.source.count("validation") > 0
+
     def tokens(self, split: str = "train") -> int:
         """Targets with weight 1 before any transform in an epoch (`rows` * L less the padding)."""
         return self._split(split).total

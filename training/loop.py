@@ -55,6 +55,11 @@ def run(job: Run) -> Outcome:
         stack.enter_context(lock(job.workdir))
         keeping = dict(keep=every["keep"], keep_every=every["keep_every"])
         checkpoints = stack.enter_context(Checkpoints(job.workdir, **keeping))
+        if every["eval_every"] is not None and not job.data.holds_out():
+            raise ValueError(
+                "no document is held out to evaluate on; raise the source's holdout, or set "
+                "train.eval_every=none"
+            )
         state, first = begin(checkpoints, job)
         if first >= steps and (score := final(job.workdir, first)) is not None:
             return Outcome(state, first, stepped=False, score=score)
@@ -95,7 +100,7 @@ def run(job: Run) -> Outcome:
         if step < steps:
             return Outcome(state, step, stepped=True)
         score, stepped = None, step > first
-        if job.data.rows("validation"):
+        if job.data.holds_out():
             watch.bar.set_description("held-out")
             score = _score(job, state, None)
             watch.score(step, score)

@@ -52,6 +52,10 @@ class Source:
             kept = _first_bytes(kept, max_bytes)
         self._splits = {"train": _documents(kept), "validation": _documents(held)}
 
+    def count(self, split: str) -> int:
+        """Documents of a split, which may be none."""
+        return len(self._splits[split])
+
     def documents(self, split: str) -> Documents:
         """The split's files in the order of their paths, uint8. Raises ValueError where empty."""
         if split not in self._splits:

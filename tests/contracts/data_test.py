@@ -65,6 +65,7 @@ def test_source(name, corpus):
     assert not names["train"] & names["validation"]
     for split in names:
         documents = source.documents(split)
+        assert source.count(split) == len(documents)
         assert documents.tokens.dtype == np.uint8
         assert documents.offsets.dtype == np.int64
         assert (documents.offsets[0], documents.offsets[-1]) == (0, len(documents.tokens))
