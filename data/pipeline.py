@@ -106,7 +106,6 @@ class Data:
         self._packer = packer
         self._train = packer(_with_separators(source.documents("train"), tokenizer))
         self._layouts: dict = {}
-        self._held: tuple = (None, {})
 
     @functools.cached_property
     def _validation(self):
@@ -155,23 +154,13 @@ class Data:
         lead = (self.micro_batches, rows // self.micro_batches)
         return Batch(*(field.reshape(*lead, *field.shape[1:]) for field in flat))
 
-    def slice(self, position: int, index: tuple) -> Batch:
-        """`batch(position)` at `index` (up to three slices over A, b, L), building only its rows.
-
-        The index is what `jax.make_array_from_callback` passes for any of the fields; the third
-        slice applies to the fields that have a dimension L. Row ranges of the latest position are
-        kept, so asking again for another field or another part of L costs nothing.
-        """
-        held = self._held  # Read once: another thread may replace it.
-        if held[0] != position:
-            held = self._held = (position, {})
-        return self._cut(position, index, held[1])
-
     def iterate(self, position: int, indices: Sequence[tuple] | None = None) -> Iterator:
         """Successive batches from row `position` on, without end, built ahead of the consumer.
 
-        Yields `batch(..)`, or with `indices` a list: `slice(.., index)` for each, in their order
-        (an index that occurs twice is built once). Close the generator to end its thread.
+        Yields `batch(..)`, or with `indices` a list of parts of it, one for each index, for which
+        only their own rows are built. An index is up to three slices over A, b, L as a sharding's
+        `addressable_devices_indices_map` gives them; the third applies to the fields that have a
+        dimension L. Close the generator to end its thread.
         """
         make = functools.partial(_step, self, int(position), indices)
         if self._workers:

@@ -1,4 +1,3 @@
-import itertools
 import subprocess
 import sys
 import threading
@@ -115,18 +114,19 @@ def cut(batch: Batch, index: tuple) -> Batch:
     return Batch(*(f[index if f.ndim == 3 and f.shape[-1] > 2 else index[:2]] for f in batch))
 
 
-def test_slices_are_parts_of_the_batch(root):
-    data = make(root, micro_batches=2, transforms=("masked_lm",))
-    for position, index in itertools.product((0, data.rows() - 3, 2**40), INDICES):
-        assert same(data.slice(position, index), cut(data.batch(position), index))
+def test_parts_are_those_of_the_batch(root):
+    data = make(root, micro_batches=2, transforms=("masked_lm",), prefetch=0)
+    for position in (0, data.rows() - 3, 2**40):
+        parts = next(data.iterate(position, INDICES))
+        for part, index in zip(parts, INDICES, strict=True):
+            assert same(part, cut(data.batch(position), index))
 
 
-def test_slices_build_only_their_rows_and_once(root, monkeypatch):
-    data, built = make(root, micro_batches=2), []
+def test_parts_build_only_their_rows_and_once(root, monkeypatch):
+    data, built = make(root, micro_batches=2, prefetch=0), []
     numbered = data._numbered
     monkeypatch.setattr(data, "_numbered", lambda n: (built.append(n.tolist()), numbered(n))[1])
-    for index in (INDICES[1], INDICES[2], INDICES[3], INDICES[1]):
-        data.slice(10, index)
+    next(data.iterate(10, [INDICES[1], INDICES[2], INDICES[3], INDICES[1]]))
     assert built == [[12, 13], [14, 15]]
 
 
