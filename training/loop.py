@@ -44,7 +44,9 @@ def run(job: Run) -> Outcome:
 
     Raises:
       NotFiniteError: a loss, gradient or update not finite; checkpoints made before it stay.
-      CheckpointError: a checkpoint of another corpus or of other shapes.
+      CheckpointError: workdir holds a run of another configuration, corpus or shape, or another
+        process is writing to it.
+      ValueError: evaluation is asked for and nothing is held out.
     """
     config, program, every = job.config, job.program, job.config["train"]
     steps = config["steps"]
