@@ -120,3 +120,45 @@ def test_a_real_process_stays_clean_and_imports_no_jax(tmp_path):
     platforms, imported = done.stdout.split()
     assert platforms in ("cpu", "cuda,cpu", "tpu,cpu")
     assert imported == "False"
+
+
+PEAK = """
+import resource, sys
+from launch.platform import keep_memory
+if sys.argv[1] == "keep":
+    assert keep_memory({})
+import ctypes
+libc = ctypes.CDLL("libc.so.6")
+libc.malloc.restype, libc.malloc.argtypes = ctypes.c_void_p, [ctypes.c_size_t]
+libc.free.argtypes = [ctypes.c_void_p]
+size = 24 << 20
+for _ in range(20):
+    at = libc.malloc(size)
+    ctypes.memset(at, 1, size)
+    libc.free(at)
+print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt)
+"""
+
+
+def _libc_is_glibc():
+    return sys.platform == "linux" and os.confstr("CS_GNU_LIBC_VERSION") is not None
+
+
+@pytest.mark.skipif(not _libc_is_glibc(), reason="the C library is not glibc")
+def test_freed_memory_is_kept():
+    """Page faults of 20 turns of one large buffer: those of one turn, not of twenty.
+
+    The buffer is below glibc's own moving threshold, so a MALLOC_ variable pins that first.
+    """
+    environ = os.environ | {"MALLOC_MMAP_THRESHOLD_": str(1 << 20)}
+    run = lambda how: subprocess.run(
+        [sys.executable, "-c", PEAK, how], env=environ, capture_output=True, text=True, check=True
+    )
+    kept, plain = int(run("keep").stdout), int(run("plain").stdout)
+    pages = (24 << 20) // os.sysconf("SC_PAGE_SIZE")
+    assert plain - kept > 10 * pages
+
+
+@pytest.mark.parametrize("name", ["MALLOC_ARENA_MAX", "GLIBC_TUNABLES"])
+def test_the_users_own_allocator_settings_win(name):
+    assert platform.keep_memory({name: "1"}) is False
