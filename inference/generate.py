@@ -9,7 +9,7 @@ import numpy as np
 
 from inference import sampling
 from models.context import Context
-from parallel.rules import RULES, spec
+from parallel.rules import spec, ways
 
 # Prompts are padded to a multiple of this, so that few lengths compile.
 BUCKET = 64
@@ -31,8 +31,8 @@ def generate(
     """Continuations of ragged prompts, each at most `tokens` ids, cut before `eos`.
 
     model(params): the module, whose `init_cache`, `prefill` and `decode` are used.
-    context: static fields of Context (dtype).  A row's text depends
-    on the seed and its place, not on the other rows.
+    context: static fields of Context (dtype).  A row's text depends on the seed and its place, not
+    on the other rows.
 
     Raises:
       ValueError: an empty prompt, no tokens asked for, more of them than the model has positions
@@ -62,8 +62,8 @@ def generate(
 
 def _pad(prompts, eos):
     mesh = jax.sharding.get_abstract_mesh()
-    ways = int(np.prod([mesh.shape[axis] for axis in RULES["batch"]])) if mesh.axis_names else 1
-    rows = -(-len(prompts) // ways) * ways
+    devices = ways(mesh, "batch") if mesh.axis_names else 1
+    rows = -(-len(prompts) // devices) * devices
     lengths = np.array([len(p) for p in prompts] + [1] * (rows - len(prompts)), np.int32)
     padded = np.full((rows, -(-int(lengths.max()) // BUCKET) * BUCKET), eos, np.int32)
     for row, prompt in zip(padded, prompts, strict=False):

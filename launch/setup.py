@@ -14,7 +14,7 @@ import jax
 
 import data.pipeline
 from parallel import mesh as meshes
-from parallel.rules import RULES
+from parallel.rules import ways
 from parallel.weight import Entry, Table
 from training import flops
 from training import program as programs
@@ -56,9 +56,9 @@ def reopen(workdir: str | None) -> tuple[Setup, dict, int]:
         header = checkpoints.meta(latest)["header"]
         config = _tuples(header["config"])
         mesh = _mesh_here(config["mesh"])
-        ways = math.prod(mesh.shape[axis] for axis in RULES["batch"])
+        devices = ways(mesh, "batch")
         rows = config["data"]["batch_size"] // config["data"]["micro_batches"]
-        config["data"] |= {"batch_size": -(-rows // ways) * ways, "micro_batches": 1}
+        config["data"] |= {"batch_size": -(-rows // devices) * devices, "micro_batches": 1}
         setup = build(config, mesh)
         if setup.data.fingerprint != header["fingerprint"]:
             print(

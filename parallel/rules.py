@@ -1,5 +1,6 @@
 """Which mesh axes a named dimension is split over: the one table that decides every sharding."""
 
+import math
 from collections.abc import Callable
 
 import jax
@@ -54,6 +55,11 @@ def partition(*names: str | None, axes=frozenset(MESH_AXES)) -> PartitionSpec:
             owner[axis] = dim
         entries.append(mine[0] if len(mine) == 1 else (mine or None))
     return PartitionSpec(*entries)
+
+
+def ways(mesh, name: str | None) -> int:
+    """Over how many devices of a mesh a dimension of this logical name is split."""
+    return math.prod(mesh.shape[axis] for axis in (RULES[name] if name else ()))
 
 
 def spec(*names: str | None) -> PartitionSpec | None:

@@ -7,7 +7,7 @@ from collections.abc import Callable
 import jax
 
 from data.batch import Batch
-from parallel.rules import RULES
+from parallel.rules import ways
 from training.program import Program, batch_sharding
 
 
@@ -53,9 +53,9 @@ def held_out(
 
     Raises ValueError where there is nothing to score, and for rows that do not divide over devices.
     """
-    ways = math.prod(mesh.shape[axis] for axis in RULES["batch"])
-    if rows < 1 or rows % ways:
-        raise ValueError(f"{rows} rows at a time do not divide over {ways} devices; change one")
+    devices = ways(mesh, "batch")
+    if rows < 1 or rows % devices:
+        raise ValueError(f"{rows} rows at a time do not divide over {devices} devices; change one")
     if limit is not None and limit < 1:
         raise ValueError(f"{limit} held-out rows are none to score; ask for more, or for all")
     nll = targets = 0.0

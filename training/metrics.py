@@ -12,7 +12,7 @@ import os
 import pathlib
 import time
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 OWN = ("step", "tokens", "time")
@@ -153,16 +153,19 @@ def _finite(tree: Any) -> Any:
     return tree
 
 
-def _flat(config: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Dotted names; what is not a plain scalar becomes text."""
-    flat = {}
+def dotted(config: Mapping, prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """(dotted name, value) of every key of a nested configuration, in its order."""
     for name, value in config.items():
-        if isinstance(value, dict):
-            flat |= _flat(value, f"{prefix}{name}.")
+        if isinstance(value, Mapping):
+            yield from dotted(value, f"{prefix}{name}.")
         else:
-            plain = value is None or isinstance(value, (bool, int, float, str))
-            flat[prefix + name] = value if plain else str(value)
-    return flat
+            yield prefix + name, value
+
+
+def _flat(config: Mapping) -> dict[str, Any]:
+    """Dotted names; what is not a plain scalar becomes text."""
+    plain = lambda value: value is None or isinstance(value, (bool, int, float, str))
+    return {name: value if plain(value) else str(value) for name, value in dotted(config)}
 
 
 class Clock:

@@ -3,7 +3,6 @@
 import dataclasses
 import difflib
 import importlib
-import math
 import re
 from collections.abc import Callable, Mapping
 
@@ -18,7 +17,7 @@ from models.context import of_batch
 from models.lm import LM
 from models.param import flatten, restore, table
 from optim import build as optimizer
-from parallel.rules import RULES, layout, partition
+from parallel.rules import RULES, layout, partition, ways
 from parallel.weight import Table
 from training import step
 from training.loss import log_likelihood
@@ -154,12 +153,12 @@ def _batch(sizes: Mapping, mesh) -> Batch:
     A, B, L = sizes["micro_batches"], sizes["batch_size"], sizes["length"]
     if B % A:
         raise ValueError(f"data.batch_size {B} does not divide into {A} micro-batches")
-    ways = math.prod(mesh.shape[axis] for axis in RULES["batch"])
-    if B // A % ways:
+    devices = ways(mesh, "batch")
+    if B // A % devices:
         shape = " x ".join(f"{axis}={mesh.shape[axis]}" for axis in RULES["batch"])
         raise ValueError(
             f"{B} rows in {A} micro-batches leave {B // A} a micro-batch, which do not divide over "
-            f"{ways} devices ({shape}); change data.batch_size, data.micro_batches or the mesh"
+            f"{devices} devices ({shape}); change data.batch_size, data.micro_batches or the mesh"
         )
     if L % mesh.shape["context"]:
         raise ValueError(
@@ -194,8 +193,7 @@ def _check_used(weights: Table, mesh) -> None:
 def _check_divides(weights: Table, mesh) -> None:
     for path, entry in weights.items():
         for size, name in zip(entry.shape, entry.axes, strict=True):
-            ways = math.prod(mesh.shape[axis] for axis in (RULES[name] if name else ()))
-            if size % ways:
+            if size % ways(mesh, name):
                 axes = " x ".join(f"mesh.{axis}={mesh.shape[axis]}" for axis in RULES[name])
                 raise ValueError(
                     f"dimension {name!r} of {path} has size {size}, which does not divide over "

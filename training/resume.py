@@ -4,11 +4,11 @@ import contextlib
 import fcntl
 import pathlib
 from collections.abc import Iterator, Mapping
-from typing import Any
 
 import jax
 
 from training.checkpoint import CheckpointError, Checkpoints
+from training.metrics import dotted
 from training.run import Run
 from training.state import TrainState
 
@@ -38,7 +38,7 @@ def begin(checkpoints: Checkpoints, job: Run) -> tuple[TrainState, int]:
 
 
 def _refuse_changes(old: Mapping, job: Run) -> None:
-    old, new = (dict(_leaves(config)) for config in (old, job.header["config"]))
+    old, new = (dict(dotted(config)) for config in (old, job.header["config"]))
     changed = [key for key in old | new if old.get(key) != new.get(key)]
     changed = [key for key in changed if not key.startswith(FREE)]
     if changed:
@@ -48,14 +48,6 @@ def _refuse_changes(old: Mapping, job: Run) -> None:
             f"{job.workdir} holds a run of another configuration ({told}{more}); "
             f"undo that or choose another --workdir"
         )
-
-
-def _leaves(config: Mapping, prefix: str = "") -> Iterator[tuple[str, Any]]:
-    for key, value in config.items():
-        if isinstance(value, Mapping):
-            yield from _leaves(value, f"{prefix}{key}.")
-        else:
-            yield f"{prefix}{key}", value
 
 
 @contextlib.contextmanager

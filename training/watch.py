@@ -91,10 +91,8 @@ class Watch:
         rate = self.clock.tokens_per_second()
         if rate is None:
             return {}
-        if self._job.flops is None:
-            return {"tokens_per_second": rate}
-        devices = self._job.mesh.devices
-        used = mfu(self._job.flops, rate, devices.flat[0].device_kind, devices.size)
+        work, devices = self._job.flops, self._job.mesh.devices
+        used = work and mfu(work, rate, devices.flat[0].device_kind, devices.size)
         return {"tokens_per_second": rate} | ({} if used is None else {"mfu": used})
 
     def _diagnosis(self, step: int, values: Mapping) -> str:
