@@ -12,6 +12,10 @@ FLAGS = {
     "accept_corpus": Key(
         bool, False, False, (), "go on although the corpus or the mixture changed; it is recorded"
     ),
+    "accept_config": Key(
+        *(bool, False, False, ()),
+        "go on although keys changed that decide what is computed (optim.lr); it is recorded",
+    ),
 }
 
 
@@ -42,6 +46,7 @@ def main() -> None:
             flops=head["flops_per_token"].get("visible"),
             sample=sample,
             accept_corpus=parsed.flags.accept_corpus,
+            accept_config=parsed.flags.accept_config,
         )
         outcome = loop.run(job)
         print(report.closing(job, outcome, parsed))

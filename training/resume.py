@@ -3,35 +3,24 @@
 import contextlib
 import fcntl
 import pathlib
-import re
 import sys
 from collections.abc import Iterator, Mapping
 
 import jax
 
+from training.changes import LAYOUT, WEIGHED, Changed, Kind, changes, of_kind, refusal, told
 from training.checkpoint import CheckpointError, Checkpoints
-from training.metrics import dotted
 from training.run import Run
 from training.state import TrainState, to_int
-
-# What may change when a run goes on: none of it decides what a row is or what is computed from it.
-# Sources are free because the corpus has its fingerprint.
-LAYOUT = ("data.batch_size", "data.micro_batches", "data.prefetch", "data.workers")
-FREE = ("steps", "train.", "mesh.", "model.remat", "model.unroll", "data.source", *LAYOUT)
-# Of a domain, what is the mixture's; beside it stand own arguments of the domain's source.
-MIXED = ("source", "weight", "schedule", "epochs")
-# What the saved weights of a mixture follow from: weights of another one would overrule these.
-WEIGHED = re.compile(r"data\.(mixture|mixing|mixings\..*|domains\..*\.(weight|schedule|epochs))")
-# Keys of `data` that decide what a row is to the model; the others, which rows there are.
-FIXED = ("data.length", "data.tokenizer")
 
 
 def begin(checkpoints: Checkpoints, job: Run) -> tuple[TrainState, int, dict]:
     """The latest checkpoint's state and step, or the initial ones, and the header that follows.
 
     `corpora` in that header lists {"from_row", "fingerprint"} of every corpus trained on, and with
-    a later one what of the configuration was `changed` for it, {key: [before, after]}. The data is
-    given its saved state. Raises CheckpointError for a run of another configuration or corpus, and
+    a later one what of the configuration was `changed` for it, {key: [before, after]}; `changes`
+    lists {"from_step", "changed"} of every other change that was accepted. The data is given its
+    saved state. Raises CheckpointError for a run of another configuration or corpus, and
     ValueError for a corpus that ends before the run does.
     """
     new = dict(job.header)
@@ -40,60 +29,48 @@ def begin(checkpoints: Checkpoints, job: Run) -> tuple[TrainState, int, dict]:
         return job.program.init(), 0, new | {"corpora": [_corpus(new, 0)]}
     meta = checkpoints.meta()
     old = meta["header"]
-    changed = _changes(old["config"], new["config"])
+    changed = changes(old["config"], new["config"])
     _refuse_changes(changed, job)
     _refuse_tokenizer(old, job)
     _refuse_corpus(old, job)
     state, _ = checkpoints.restore(None, job.program.state)
     first, position = int(state.step), to_int(state.position)
-    corpora = old.get("corpora", [_corpus(old, 0)])
-    accepted = old["fingerprint"] != new["fingerprint"] or not all(map(_free, changed))
-    if accepted:
-        drawn = {k: v for k, v in changed.items() if k.startswith("data.") and k not in LAYOUT}
-        corpora = [*corpora, _corpus(new, position) | {"changed": drawn}]
-        _note(f"from row {position:,} on the corpus is {new['fingerprint']}{_told(drawn)}")
+    history = _history(old, changed, job, first, position)
+    accepted = len(history["corpora"]) > len(old.get("corpora", [0]))
     _load(job, meta.get("data"), changed, accepted)
     _enough_rows(job, first, position)
-    return state, first, new | {"corpora": corpora}
+    return state, first, new | history
+
+
+def _history(old: Mapping, changed: Changed, job: Run, first: int, position: int) -> dict:
+    """The header's `corpora` and `changes` with what is new, of which this tells."""
+    corpora, past = old.get("corpora", [_corpus(old, 0)]), old.get("changes", [])
+    harmless = of_kind(changed, Kind.HARMLESS)
+    if harmless:
+        _note(f"going on from step {first:,} with other keys{told(harmless)}")
+    rows = of_kind(changed, Kind.CORPUS)
+    if rows or old["fingerprint"] != job.header["fingerprint"]:
+        every = {key: both for key, both in changed.items() if key.startswith("data.")}
+        rows = {key: both for key, both in every.items() if not LAYOUT.fullmatch(key)}
+        corpora = [*corpora, _corpus(job.header, position) | {"changed": rows}]
+        fingerprint = job.header["fingerprint"]
+        _note(f"from row {position:,} on the corpus is {fingerprint}{told(rows)}")
+    computed = of_kind(changed, Kind.CONFIG)
+    if computed:
+        past = [*past, {"from_step": first, "changed": computed}]
+        _note(f"from step {first:,} on the configuration is another one{told(computed)}")
+    return {"corpora": corpora} | ({"changes": past} if past else {})
 
 
 def _corpus(header: Mapping, row: int) -> dict:
     return {"from_row": row, "fingerprint": header["fingerprint"]}
 
 
-def _changes(old: Mapping, new: Mapping) -> dict[str, list]:
-    """{dotted key: [value before, value after]} of two configurations."""
-    old, new = dict(dotted(old)), dict(dotted(new))
-    return {key: [old.get(key), new.get(key)] for key in old | new if old.get(key) != new.get(key)}
-
-
-def _free(key: str) -> bool:
-    if key.startswith("data.domains."):
-        return key.rpartition(".")[2] not in MIXED
-    return key.startswith(FREE)
-
-
-def _acceptable(key: str) -> bool:
-    return key.startswith("data.") and not key.startswith(FIXED)
-
-
-def _refuse_changes(changed: Mapping[str, list], job: Run) -> None:
-    refused = {key: both for key, both in changed.items() if not _free(key)}
-    acceptable = all(map(_acceptable, refused))
-    if refused and not (acceptable and job.accept_corpus):
-        fix = "undo that, choose another --workdir, or go on with --accept_corpus"
-        raise CheckpointError(
-            f"{job.workdir} holds a run of another configuration{_told(refused)}; "
-            + (fix if acceptable else "undo that or choose another --workdir")
-        )
-
-
-def _told(changed: Mapping[str, list]) -> str:
-    if not changed:
-        return ""
-    told = [f"{key} {old!r} -> {new!r}" for key, (old, new) in changed.items()]
-    more = f" and {len(told) - 3} more" if len(told) > 3 else ""
-    return f" ({', '.join(told[:3])}{more})"
+def _refuse_changes(changed: Changed, job: Run) -> None:
+    flags = {Kind.CORPUS: job.accept_corpus, Kind.CONFIG: job.accept_config}
+    wrong = refusal(changed, {kind for kind, given in flags.items() if given})
+    if wrong is not None:
+        raise CheckpointError(f"{job.workdir} holds a run of another configuration{wrong}")
 
 
 def _refuse_tokenizer(old: Mapping, job: Run) -> None:
@@ -116,14 +93,14 @@ def _refuse_corpus(old: Mapping, job: Run) -> None:
         )
 
 
-def _load(job: Run, saved: Mapping | None, changed: Mapping[str, list], accepted: bool) -> None:
+def _load(job: Run, saved: Mapping | None, changed: Changed, accepted: bool) -> None:
     """Gives the data what it had heard; what does not fit an accepted corpus is left out."""
     if saved is None:
         return
     another = {key: both for key, both in changed.items() if WEIGHED.fullmatch(key)}
     try:
         if another:
-            raise ValueError(f"the mixture is another one{_told(another)}")
+            raise ValueError(f"the mixture is another one{told(another)}")
         job.data.load(saved)
     except ValueError as error:
         if not accepted:

@@ -18,6 +18,7 @@ class Run:
     flops: floating-point operations of matrix products a token, forward and backward, or None.
     sample(params) -> text of the model, or None.
     accept_corpus: go on where the corpus, or the keys of `data` that choose its rows, have changed.
+    accept_config: go on where keys have changed that decide what is computed from a row.
     """
 
     config: Mapping
@@ -29,3 +30,4 @@ class Run:
     flops: float | None
     sample: Callable[[dict], str] | None = None
     accept_corpus: bool = False
+    accept_config: bool = False

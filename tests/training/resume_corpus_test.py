@@ -72,7 +72,10 @@ def test_a_flag_without_a_change_records_nothing(built, tmp_path, capsys):
     loop.run(job(built, tmp_path, 1, accept=True))
     loop.run(job(built, tmp_path, 2, accept=True, prefetch=7))
     assert corpora(tmp_path) == [FIRST]
-    assert "note:" not in capsys.readouterr().err
+    notes = [line for line in capsys.readouterr().err.splitlines() if line.startswith("note:")]
+    assert notes == [
+        "note: going on from step 1 with other keys (steps 1 -> 2, data.prefetch 0 -> 7)"
+    ]
 
 
 def test_keys_that_choose_rows_are_accepted_with_both_values(built, tmp_path):

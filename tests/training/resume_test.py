@@ -1,6 +1,8 @@
 """What a folder that holds a run lets another one do."""
 
+import copy
 import dataclasses
+import functools
 import subprocess
 import sys
 
@@ -10,7 +12,8 @@ import pytest
 from data.batch import from_words
 from tests import tiny
 from training import loop, metrics
-from training.checkpoint import CheckpointError
+from training.changes import Kind, kind, refusal
+from training.checkpoint import CheckpointError, Checkpoints
 from training.resume import lock
 
 
@@ -37,6 +40,84 @@ def test_another_configuration_is_refused_even_if_the_run_is_finished(finished):
         with pytest.raises(CheckpointError) as caught:
             loop.run(job)
     assert f"{workdir} holds a run of another configuration (seed 0 -> 7);" in str(caught.value)
+
+
+def _other(job, **changes):
+    """The job with other values under dotted keys, written `a__b`."""
+    config = copy.deepcopy(job.header["config"])
+    for name, value in changes.items():
+        *above, last = name.split("__")
+        functools.reduce(dict.__getitem__, above, config)[last] = value
+    return dataclasses.replace(job, header=dict(job.header) | {"config": config})
+
+
+def test_what_is_computed_changes_only_where_that_is_accepted(root, tmp_path, capsys):
+    built = tiny.setup(root)
+    with jax.set_mesh(built.mesh):
+        loop.run(tiny.run(built, tmp_path, steps=1))
+        job = _other(tiny.run(built, tmp_path, steps=2), optim__lr=1e-4, model__remat="full")
+        with pytest.raises(CheckpointError) as caught:
+            loop.run(job)
+        sentence = str(caught.value)
+        assert "(optim.lr 0.003 -> 0.0001); undo that" in sentence
+        assert sentence.endswith("or go on with --accept_config")
+        loop.run(dataclasses.replace(job, accept_config=True))
+        err = capsys.readouterr().err
+        keys = "steps 1 -> 2, model.remat 'none' -> 'full'"
+        assert f"note: going on from step 1 with other keys ({keys})" in err
+        assert "note: from step 1 on the configuration is another one (optim.lr" in err
+        again = _other(tiny.run(built, tmp_path, steps=3), optim__lr=1e-4)
+        loop.run(again)  # needs no flag any more, and the change stays on record
+    with Checkpoints(tmp_path) as checkpoints:
+        past = checkpoints.meta()["header"]["changes"]
+    assert past == [{"from_step": 1, "changed": {"optim.lr": [0.003, 1e-4]}}]
+
+
+def test_other_shapes_are_refused_whatever_is_accepted(root, tmp_path):
+    built, wide = tiny.setup(root), tiny.setup(root, model__ffns__swiglu__width=64)
+    with jax.set_mesh(built.mesh):
+        loop.run(tiny.run(built, tmp_path, steps=1))
+        job = dataclasses.replace(tiny.run(wide, tmp_path, steps=2), accept_config=True)
+        with pytest.raises(CheckpointError) as caught:
+            loop.run(job)
+    wrong = "params: blocks/0/ffn/up is float32[1 32 2 48] but float32[1 32 2 64] is asked for"
+    assert wrong in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("key", "expected"),
+    [
+        ("steps", Kind.HARMLESS),
+        ("stepsize", Kind.CONFIG),
+        ("train.keep", Kind.HARMLESS),
+        ("mesh.fsdp", Kind.HARMLESS),
+        ("model.remat", Kind.HARMLESS),
+        ("model.rematerialise", Kind.CONFIG),
+        ("model.dtype", Kind.CONFIG),
+        ("seed", Kind.CONFIG),
+        ("optim.methods.adamw.b1", Kind.CONFIG),
+        ("data.batch_size", Kind.HARMLESS),
+        ("data.sources.text.path", Kind.HARMLESS),
+        ("data.domains.web.path", Kind.HARMLESS),
+        ("data.domains.web.weight", Kind.CORPUS),
+        ("data.packing", Kind.CORPUS),
+        ("data.length", Kind.FIXED),
+        ("data.tokenizers.hf.path", Kind.FIXED),
+    ],
+)
+def test_who_may_change_what(key, expected):
+    assert kind(key) is expected
+
+
+def test_flags_are_asked_for_by_what_changed():
+    of = lambda *keys: refusal({key: [1, 2] for key in keys}, set())
+    assert of("steps", "mesh.data") is None
+    assert of("seed", "data.packing").endswith("go on with --accept_config --accept_corpus")
+    assert of("seed", "data.length").endswith("; undo that or choose another --workdir")
+    assert refusal({"seed": [1, 2]}, {Kind.CONFIG}) is None
+    assert "--accept_config" in refusal({"seed": [1, 2]}, {Kind.CORPUS})
+    many = {f"optim.k{i}": [0, i] for i in range(1, 12)}
+    assert " and 3 more)" in refusal(many, set())
 
 
 def test_a_larger_batch_goes_on_where_the_smaller_one_stopped(finished, root, tmp_path):
