@@ -23,6 +23,7 @@ OPTIONAL = (
 
 # Keys that take one of a few words.
 CHOICES = {
+    "zero": ("none", "zero1", "zero2"),
     "model.norm": ("rmsnorm", "layernorm"),
     "model.norm_position": ("pre", "post", "sandwich"),
     "model.positions": ("none", "learned"),
@@ -37,6 +38,7 @@ def get_config():
     config.seed = 0  # of parameters, data order and dropout
     config.trainable = ".*"  # regular expression; parameters whose whole path matches are trained
     config.ema = placeholder(float)  # decay a step of averaged parameters; none keeps none
+    config.zero = "none"  # split over mesh.data: optimizer state (zero1), gradients too (zero2)
 
     config.data = ConfigDict()  # keyword arguments of data.pipeline.build
     config.data.batch_size = 8  # rows a step, over all devices and micro-batches

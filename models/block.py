@@ -7,12 +7,12 @@ from typing import Any
 
 import jax.numpy as jnp
 from flax import nnx
-from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float
 
 from models.context import Context, over_tokens
 from models.layers import Norm, dropout
 from models.param import Dims
+from parallel.named import named
 
 NORM_POSITIONS = ("pre", "post", "sandwich")
 
@@ -98,7 +98,8 @@ class Block(nnx.Module):
     def _add(self, x, sublayer, ctx, i):
         position = self.style.norm_position
         y, second = sublayer(x if position == "post" else self.norms[i](x))
-        y = checkpoint_name(y, ("mixer", "ffn")[i])
+        y = named(y, ("mixer", "ffn")[i], "batch", "length", None)
         y = self.norms[2 + i](y) if position == "sandwich" else y
         x = x + dropout(y, self.style.dropout, ctx, salt=i)
-        return (self.norms[i](x) if position == "post" else x), second
+        x = self.norms[i](x) if position == "post" else x
+        return named(x, "residual", "batch", "length", None), second

@@ -9,6 +9,7 @@ from jaxtyping import Array, Float, Int
 
 from models.context import Context
 from models.param import Dims, param
+from parallel.named import named
 
 
 class Norm(nnx.Module):
@@ -54,7 +55,8 @@ class TwoLayer(nnx.Module):
     ) -> tuple[Float[Array, "B L D"], dict]:
         h = add_bias(jnp.einsum("bld,df->blf", x, self.up[...].astype(x.dtype)), self.up_bias)
         down = self.down[...].astype(x.dtype)
-        y = jnp.einsum("blf,fd->bld", self.activate(h), down, out_sharding=ctx.stream)
+        h = named(self.activate(h), "ffn_hidden", "batch", "length", "ffn")
+        y = jnp.einsum("blf,fd->bld", h, down, out_sharding=ctx.stream)
         return add_bias(y, self.down_bias), {}
 
 

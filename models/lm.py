@@ -14,6 +14,8 @@ from models.context import Context
 from models.layers import Norm, dropout
 from models.param import Dims, param
 from parallel.fsdp import gather
+from parallel.named import named
+from parallel.vocab import look_up, numbers
 
 VOCAB_MULTIPLE = 128
 EMBEDDING_SALT = 2
@@ -160,17 +162,16 @@ class LM(nnx.Module):
         return sum(getattr(m, "masked_flops", lambda length: 0.0)(length) for m in mixers)
 
     def _embed(self, inputs, ctx):
-        look_up = lambda table, at: (
-            gather(table[...].astype(ctx.dtype)).at[at].get(out_sharding=ctx.stream)
-        )
-        x = look_up(self.tokens, inputs) * self.embed_scale
+        rows = lambda table, at: look_up(gather(table[...].astype(ctx.dtype)), at, ctx.stream)
+        x = rows(self.tokens, inputs) * self.embed_scale
         if self.positions is not None:
-            x = x + look_up(self.positions, ctx.positions)
+            x = x + rows(self.positions, ctx.positions)
         if self.types is not None:
             types = jnp.zeros_like(inputs) if ctx.token_types is None else ctx.token_types
-            x = x + look_up(self.types, types)
+            x = x + rows(self.types, types)
         x = x if self.embed_norm is None else self.embed_norm(x)
-        return dropout(x, self.dropout, ctx, EMBEDDING_SALT)
+        x = dropout(x, self.dropout, ctx, EMBEDDING_SALT)
+        return named(x, "embedded", "batch", "length", None)
 
     def _layers(self, call, x, ctx, caches):
         """Every layer in order; call is `(block, x, ctx, cache) -> (x, out)`. Outs come by path."""
@@ -226,8 +227,8 @@ class LM(nnx.Module):
         head = nnx.merge(graph, _ready(state, x.dtype))
         logits = head(x, gather(self.tokens[...].astype(x.dtype)))
         logits = logits if self.softcap is None else self.softcap * jnp.tanh(logits / self.softcap)
-        real = jnp.arange(logits.shape[-1]) < self.vocab
-        return jnp.where(real.reshape((1,) * (logits.ndim - 1) + real.shape), logits, -jnp.inf)
+        logits = jnp.where(numbers(logits) < self.vocab, logits, -jnp.inf)
+        return named(logits, "logits", "batch", "length", "vocab")
 
 
 def _ready(state, dtype):

@@ -35,7 +35,8 @@ def partition(*names: str | None, axes=frozenset(MESH_AXES)) -> PartitionSpec:
     """The PartitionSpec of an array whose dimensions carry these logical names.
 
     Raises:
-      ValueError: an unknown name, or two dimensions that would land on one mesh axis.
+      ValueError: an unknown name, a rule that names an unknown mesh axis, or two dimensions that
+        would land on one mesh axis.
     """
     owner: dict[str, int] = {}
     entries = []
@@ -45,7 +46,7 @@ def partition(*names: str | None, axes=frozenset(MESH_AXES)) -> PartitionSpec:
                 f"logical axis {name!r} of dimension {dim} is not in parallel/rules.py; "
                 f"known: {', '.join(RULES)}"
             )
-        mine = tuple(a for a in (RULES[name] if name else ()) if a in axes)
+        mine = tuple(a for a in _rule(name) if a in axes)
         for axis in mine:
             if axis in owner:
                 raise ValueError(
@@ -59,7 +60,18 @@ def partition(*names: str | None, axes=frozenset(MESH_AXES)) -> PartitionSpec:
 
 def ways(mesh, name: str | None) -> int:
     """Over how many devices of a mesh a dimension of this logical name is split."""
-    return math.prod(mesh.shape[axis] for axis in (RULES[name] if name else ()))
+    return math.prod(mesh.shape[axis] for axis in _rule(name))
+
+
+def _rule(name: str | None) -> tuple[str, ...]:
+    """The mesh axes of a known name. A typing error here would leave its dimension whole."""
+    rule = RULES[name] if name else ()
+    if unknown := [axis for axis in rule if axis not in MESH_AXES]:
+        raise ValueError(
+            f"the rule of {name!r} in parallel/rules.py names mesh axis {unknown[0]!r}, which is "
+            f"unknown; known: {', '.join(MESH_AXES)}"
+        )
+    return rule
 
 
 def spec(*names: str | None) -> PartitionSpec | None:
@@ -73,9 +85,33 @@ def spec(*names: str | None) -> PartitionSpec | None:
 
 
 def constrain(x: jax.Array, *names: str | None) -> jax.Array:
-    """Reshard x to the layout these names mean; x itself without Explicit axes."""
+    """Reshard x to the layout these names mean; x itself without Explicit axes.
+
+    Raises:
+      ValueError: as `partition`, and names or sizes that do not fit the dimensions of x.
+    """
+    if len(names) != x.ndim:
+        raise ValueError(
+            f"{len(names)} names, {names}, were given for the {x.ndim} dimensions of {x.shape}; "
+            f"name each one, or None"
+        )
     target = spec(*names)
-    return x if target is None else jax.reshard(x, target)
+    if target is None:
+        return x
+    _check_fits(x.shape, names, target)
+    return jax.reshard(x, target)
+
+
+def _check_fits(shape, names, target: PartitionSpec) -> None:
+    mesh = jax.sharding.get_abstract_mesh()
+    for dim, (size, name, entry) in enumerate(zip(shape, names, target, strict=True)):
+        axes = entry if isinstance(entry, tuple) else () if entry is None else (entry,)
+        if size % math.prod(mesh.shape[axis] for axis in axes):
+            over = " x ".join(f"{axis}={mesh.shape[axis]}" for axis in axes)
+            raise ValueError(
+                f"dimension {dim} ({name!r}) of {shape} does not divide over {over}; change the "
+                f"size or the mesh"
+            )
 
 
 def automatic(fn: Callable, *names: str | None) -> Callable:

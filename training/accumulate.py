@@ -6,53 +6,56 @@ loss `needs`; those take a first pass over the micro-batches, in which everythin
 to them is dead code. Every token has the same weight whichever micro-batch holds it.
 """
 
+import functools
+from collections.abc import Mapping
+
 import jax
 import jax.numpy as jnp
 
 from parallel.rules import explicit_axes, layout
+from parallel.zero import REPLICATED, Replicated
 from training.loss import Loss, counts
 
 
-def value_and_grad(loss: Loss, params: dict, batch, context):
+def value_and_grad(
+    loss: Loss,
+    params: dict,
+    batch,
+    context,
+    *,
+    fixed: Mapping = {},
+    place: Replicated = REPLICATED,
+):
     """(scalar, metrics, totals, gradient) of a Batch `[A b L]`.
 
-    context(micro, totals) -> Context.
+    context(micro, totals) -> Context. fixed: parameters without a gradient. place: what of the
+    gradient each device holds, and so how it is reduced.
     """
     known = counts(batch)
-    if batch.inputs.shape[0] == 1:
-        sums, gradient = _at_once(loss, params, known, jax.tree.map(lambda x: x[0], batch), context)
-    else:
-        sums, gradient = _in_parts(loss, params, known, batch, context)
+    run = place.enter(functools.partial(_sums_and_grad, loss, context, place))
+    sums, gradient = run(params, fixed, known, batch)
     totals = known | sums
     return *loss.finish(totals), totals, gradient
 
 
-def _at_once(loss, params, known, batch, context):
-    given = {}
-    if loss.needs:
-        given = {name: loss.sums(params, batch, context(batch, {}))[name] for name in loss.needs}
-    sums, pull = jax.vjp(lambda params: loss.sums(params, batch, context(batch, given)), params)
-    return sums, pull(_cotangents(loss, known, sums))[0]
+def _sums_and_grad(loss, context, place, params, fixed, known, batch):
+    variables, bind = place.open(params)
 
+    def sums_of(variables, micro, totals):
+        return loss.sums(fixed | bind(variables), micro, context(micro, totals))
 
-def _in_parts(loss, params, known, batch, context):
-    needed = {}
-    if loss.needs:
-
-        def first_pass(micro):
-            sums = loss.sums(params, micro, context(micro, {}))
-            return {name: sums[name] for name in loss.needs}
-
-        needed = _total(first_pass, batch)
+    def first_pass(micro):
+        sums = sums_of(variables, micro, {})
+        return {name: sums[name] for name in loss.needs}
 
     def second_pass(micro):
-        sums, pull = jax.vjp(
-            lambda params: loss.sums(params, micro, context(micro, needed)), params
-        )
+        sums, pull = jax.vjp(lambda variables: sums_of(variables, micro, needed), variables)
         # Where finish is linear its derivative does not depend on the sum, so this part's will do.
         return sums, pull(_cotangents(loss, known, sums | needed))[0]
 
-    return _total(second_pass, batch)
+    needed = place.total(_total(first_pass, batch)) if loss.needs else {}
+    sums, gradient = _total(second_pass, batch)
+    return place.total(sums), place.close(gradient)
 
 
 def _cotangents(loss, known, sums):
@@ -62,6 +65,8 @@ def _cotangents(loss, known, sums):
 def _total(fn, batch):
     """The sum of fn(micro) over the leading dimension of a batch."""
     micro = jax.tree.map(lambda x: x[0], batch)
+    if batch.inputs.shape[0] == 1:
+        return fn(micro)
     zeros = jax.tree.map(_zeros, jax.eval_shape(fn, micro))
     add = lambda total, micro: (jax.tree.map(jnp.add, total, fn(micro)), None)
     return jax.lax.scan(add, zeros, batch)[0]

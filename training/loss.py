@@ -13,6 +13,7 @@ from jaxtyping import Array, Float, Int
 
 from data.batch import Batch
 from models.context import Context
+from parallel.vocab import numbers
 
 Sums = dict[str, Array]
 
@@ -78,8 +79,9 @@ def log_likelihood(
 ) -> tuple[Float[Array, "B L"], Float[Array, "B L"]]:
     """Log-probability of each target and the log of the softmax's denominator, float32.
 
-    Compares with a range instead of gathering, so a sharded vocabulary is never brought together.
+    Compares with a range instead of gathering, and the range is divided like the vocabulary: only
+    the maximum, the sum of exponentials and the target's logit, `[B L]`, cross devices.
     """
     log_z = jax.nn.logsumexp(logits, -1)
-    here = jnp.arange(logits.shape[-1])[None, None] == targets[:, :, None]
+    here = numbers(logits) == targets[:, :, None]
     return jnp.sum(jnp.where(here, logits, 0.0), -1) - log_z, log_z

@@ -17,6 +17,7 @@ from models.context import of_batch
 from models.lm import LM
 from models.param import flatten, restore, table
 from optim import build as optimizer
+from parallel import zero
 from parallel.rules import RULES, layout, partition, ways
 from parallel.weight import Table
 from training import step
@@ -49,7 +50,9 @@ class Program:
     tokens: int
 
 
-def build(config: Mapping, mesh: jax.sharding.Mesh, vocab: int) -> Program:
+def build(
+    config: Mapping, mesh: jax.sharding.Mesh | jax.sharding.AbstractMesh, vocab: int
+) -> Program:
     """The program of a resolved config on a mesh (concrete, or abstract for a target elsewhere).
 
     vocab: the tokenizer's size, used where `model.vocab` is None.
@@ -61,6 +64,7 @@ def build(config: Mapping, mesh: jax.sharding.Mesh, vocab: int) -> Program:
     with jax.sharding.use_abstract_mesh(jax.sharding.AbstractMesh((), ())):
         model, abstract, construct = _model(config["model"], config["data"]["length"], vocab)
     weights = table(abstract)
+    _check_declared(weights)
     _check_used(weights, mesh)
     _check_divides(weights, mesh)
     with jax.sharding.use_abstract_mesh(getattr(mesh, "abstract_mesh", mesh)):
@@ -72,18 +76,21 @@ def build(config: Mapping, mesh: jax.sharding.Mesh, vocab: int) -> Program:
         tokens = sizes["batch_size"] * sizes["length"] * config["steps"]
         tx, lr = optimizer.build({p: weights[p] for p in chosen}, tokens, **config["optim"])
         seed, ema = config["seed"], config["ema"]
+        # A config of a run from before this key has none.
+        place = zero.make(config.get("zero", "none"), {p: weights[p] for p in chosen}, mesh)
 
         def init() -> TrainState:
             whole = flatten(nnx.state(construct(jax.random.key(seed))))
             params = {path: whole[path] for path in chosen}
             frozen = {path: leaf for path, leaf in whole.items() if path not in chosen}
             aux = {"frozen": frozen} if frozen else {}
-            aux |= {} if ema is None else {"ema": jax.tree.map(jnp.copy, params)}
-            zero = jnp.asarray(pair(0))
-            return TrainState(jnp.int32(0), zero, zero, params, tx.init(params), aux)
+            held = place.split(params)
+            aux |= {} if ema is None else {"ema": jax.tree.map(jnp.copy, held)}
+            nothing = jnp.asarray(pair(0))
+            return TrainState(jnp.int32(0), nothing, nothing, params, tx.init(held), aux)
 
         loss = _loss(config["loss"], lambda params, inputs, ctx: model(params)(inputs, ctx))
-        run = step.make(loss, tx, lr, seed=seed, context=context, ema=ema)
+        run = step.make(loss, tx, lr, seed=seed, context=context, ema=ema, place=place)
         state = _placed(jax.eval_shape(init), mesh)
         # One spelling of each sharding for init, step and restore, or the step compiles again.
         canonical = jax.tree.map(lambda leaf: leaf.sharding, state)
@@ -102,9 +109,17 @@ def build(config: Mapping, mesh: jax.sharding.Mesh, vocab: int) -> Program:
 
 
 def parameters(state: TrainState, *, averaged: bool = True) -> dict:
-    """All parameters of a state, frozen ones included; their moving average where there is one."""
-    trained = state.aux.get("ema", state.params) if averaged else state.params
-    return state.aux.get("frozen", {}) | trained
+    """All parameters of a state, frozen ones included; their moving average where there is one.
+
+    They lie as the parameters do, whatever is split further (config.zero).
+    """
+    average = state.aux.get("ema", {}) if averaged else {}
+    average = {path: _like(leaf, state.params[path]) for path, leaf in average.items()}
+    return state.aux.get("frozen", {}) | state.params | average
+
+
+def _like(leaf, like):
+    return jax.device_put(leaf, like.sharding) if isinstance(leaf, jax.Array) else leaf
 
 
 def _model(config: Mapping, length: int, vocab: int):
@@ -180,6 +195,15 @@ def batch_sharding(name: str, mesh, lead: int) -> NamedSharding:
 def _field(name, field, mesh, lead):
     sharding = batch_sharding(name, mesh, lead)
     return jax.ShapeDtypeStruct(field.shape, field.dtype, sharding=sharding)
+
+
+def _check_declared(weights: Table) -> None:
+    """Refuses axes that no rule knows or that collide, on one device as on many."""
+    for path, entry in weights.items():
+        try:
+            partition(*entry.weight.axes)
+        except ValueError as error:
+            raise ValueError(f"the weight {path}: {error}") from None
 
 
 def _check_used(weights: Table, mesh) -> None:

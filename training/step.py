@@ -8,18 +8,27 @@ import optax
 
 from data.batch import Batch
 from models.context import Context, of_batch
+from parallel.zero import REPLICATED, Replicated
 from training.accumulate import value_and_grad
 from training.loss import Loss
 from training.state import TrainState, add, to_float
 
 
 def make(
-    loss: Loss, tx, lr_fn: Callable, *, seed: int, context: dict, ema: float | None
+    loss: Loss,
+    tx,
+    lr_fn: Callable,
+    *,
+    seed: int,
+    context: dict,
+    ema: float | None,
+    place: Replicated = REPLICATED,
 ) -> Callable:
     """step(state, batch `[A b L]`) -> (state, metrics).
 
     seed: of dropout; context: static fields of Context (dtype, causal, taps, domains).
     ema: decay of the moving average of the parameters kept in aux['ema'], None for none.
+    place: how gradients, moments and that average lie beside the parameters.
     """
 
     def micro_context(micro: Batch, totals: dict) -> Context:
@@ -28,23 +37,24 @@ def make(
 
     def step(state: TrainState, batch: Batch) -> tuple[TrainState, dict]:
         A, b, L = batch.inputs.shape
-        frozen = state.aux.get("frozen", {})
-        whole = loss if not frozen else _with_frozen(loss, frozen)
+        fixed = state.aux.get("frozen", {})
         scalar, metrics, totals, gradient = value_and_grad(
-            whole, state.params, batch, micro_context
+            loss, state.params, batch, micro_context, fixed=fixed, place=place
         )
         seen, fresh = to_float(state.tokens), jnp.float32(A * b * L)
-        updates, opt = tx.update(gradient, state.opt, state.params, tokens=seen, batch_tokens=fresh)
-        params = optax.apply_updates(state.params, updates)
+        held = place.split(state.params)
+        updates, opt = tx.update(gradient, state.opt, held, tokens=seen, batch_tokens=fresh)
+        held = optax.apply_updates(held, updates)
+        params = place.whole(held)
         aux = state.aux if loss.after is None else loss.after(state.aux, totals)
         if ema is not None:
-            aux = aux | {"ema": optax.incremental_update(params, aux["ema"], 1 - ema)}
+            aux = aux | {"ema": optax.incremental_update(held, aux["ema"], 1 - ema)}
         metrics = {
             "loss": scalar,
             **metrics,
             "lr": lr_fn(seen, fresh),
             "weight": totals["weight"],
-            **_norms(gradient=gradient, update=updates, parameter=params),
+            **_norms(gradient=gradient, update=updates, parameter=held),
         }
         after = TrainState(
             step=state.step + 1,
@@ -57,11 +67,6 @@ def make(
         return after, metrics
 
     return step
-
-
-def _with_frozen(loss: Loss, frozen: dict) -> Loss:
-    sums = lambda params, micro, ctx: loss.sums(frozen | params, micro, ctx)
-    return Loss(sums, loss.finish, loss.needs, loss.after)
 
 
 def layer_group(path: str) -> str:

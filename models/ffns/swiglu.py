@@ -8,6 +8,7 @@ from jaxtyping import Array, Float
 from models.context import Context
 from models.layers import add_bias
 from models.param import Dims, param
+from parallel.named import named
 
 CASES = ({"bias": True},)
 
@@ -30,6 +31,7 @@ class FFN(nnx.Module):
     ) -> tuple[Float[Array, "B L D"], dict]:
         h = add_bias(jnp.einsum("bld,dsf->blsf", x, self.up[...].astype(x.dtype)), self.up_bias)
         h = jax.nn.silu(h[:, :, 0]) * h[:, :, 1]
+        h = named(h, "ffn_hidden", "batch", "length", "ffn")
         down = self.down[...].astype(x.dtype)
         y = jnp.einsum("blf,fd->bld", h, down, out_sharding=ctx.stream)
         return add_bias(y, self.down_bias), {}

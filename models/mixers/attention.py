@@ -14,6 +14,7 @@ from models.context import Context
 from models.layers import Norm, add_bias, rope, rope_frequencies
 from models.param import Dims, param
 from pallas_kernels.flash_attention import flash_attention
+from parallel.named import named
 from parallel.rules import automatic, spec
 
 CASES = (
@@ -95,7 +96,8 @@ class Mixer(nnx.Module):
         if self.scaling is not None:
             freq = rope_frequencies(q.shape[-1], *self.scaling)
             q, k = rope(q, ctx.positions, freq), rope(k, ctx.positions, freq)
-        return q, k, v
+        axes = "batch", "length", "heads", None
+        return named(q, "queries", *axes), named(k, "keys", *axes), named(v, "values", *axes)
 
     def _attend(self, q, k, v, ctx):
         o = flash_attention(

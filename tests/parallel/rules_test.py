@@ -7,6 +7,9 @@ import pytest
 from jax.sharding import AxisType
 from jax.sharding import PartitionSpec as P
 
+from launch.config import resolve
+from models.ffns import swiglu
+from models.param import param
 from parallel import mesh as meshes
 from parallel.rules import (
     MESH_AXES,
@@ -17,7 +20,9 @@ from parallel.rules import (
     layout,
     partition,
     spec,
+    ways,
 )
+from training import program
 
 
 def test_every_rule_names_axes_of_the_mesh_once():
@@ -54,6 +59,44 @@ def test_an_unknown_name_is_named_with_its_dimension():
         partition("batch", "embd")
 
 
+def test_a_rule_with_an_unknown_mesh_axis_is_refused(monkeypatch):
+    """It would leave the dimension whole on every device, and nothing else would say so."""
+    monkeypatch.setitem(RULES, "ffn", ("tensr",))
+    mesh = meshes.make(jax.devices()[:1])
+    uses = {
+        "partition": lambda: partition("embed", "ffn"),
+        "ways": lambda: ways(mesh, "ffn"),
+        "build": lambda: program.build(resolve("base"), mesh, 258),
+    }
+    for use, call in uses.items():
+        with pytest.raises(
+            ValueError, match=r"rule of 'ffn' .* mesh axis 'tensr', .*known"
+        ) as error:
+            call()
+        assert ("the weight blocks/0/ffn/" in str(error.value)) == (use == "build")
+
+
+@pytest.mark.parametrize(
+    ("axes", "words"),
+    [
+        (("embed", "embed"), "0 ('embed') and 1 ('embed') would both be split over mesh axis 'fs"),
+        (("ffn", "heads"), "0 ('ffn') and 1 ('heads') would both be split over mesh axis 'tensor'"),
+        (("embed", "mlp"), "logical axis 'mlp' of dimension 1 is not in parallel/rules.py"),
+    ],
+)
+def test_a_weight_whose_declaration_collides_is_named_on_one_device_too(axes, words, monkeypatch):
+    class FFN(swiglu.FFN):
+        def __init__(self, dims, *, rngs, **own):
+            super().__init__(dims, rngs=rngs, **own)
+            self.mix = param(rngs, (dims.d_model, dims.d_model), axes)
+
+    monkeypatch.setattr(swiglu, "FFN", FFN)
+    config, mesh = resolve("base"), meshes.make(jax.devices()[:1])
+    with pytest.raises(ValueError, match=r"the weight blocks/0/ffn/mix: ") as error:
+        program.build(config, mesh, 258)
+    assert words in str(error.value)
+
+
 def test_spec_names_only_what_is_explicit_here():
     assert spec("batch") is None
     x = jnp.zeros((2, 2))
@@ -87,6 +130,24 @@ def test_constrain_moves_the_array():
         y = constrain(x, "batch", "heads")
         assert y.sharding.shard_shape(y.shape) == (2, 4)
         np.testing.assert_array_equal(x, y)
+
+
+@pytest.mark.parametrize(
+    ("names", "words"),
+    [
+        (("heads", "ffn", None), "dimensions 0 ('heads') and 1 ('ffn') would both be split over"),
+        (("batch", "hed", None), "'hed' of dimension 1 is not in"),
+        (("batch", None), "2 names, ('batch', None), were given for the 3 dimensions of (8, 6, 3)"),
+        (("batch", None, "heads"), "dimension 2 ('heads') of (8, 6, 3) does not divide over ten"),
+        ((None, "batch", None), "1 ('batch') of (8, 6, 3) does not divide over replica=1 x data=4"),
+    ],
+)
+def test_an_activation_that_cannot_be_laid_out_so_is_a_sentence(names, words):
+    mesh, x = meshes.make(data=4, tensor=2), jnp.zeros((8, 6, 3))
+    with jax.set_mesh(mesh), pytest.raises(ValueError, match=r"\w+ \w+ \w+") as error:
+        constrain(x, *names)
+    assert words in str(error.value)
+    assert "\n" not in str(error.value)
 
 
 def test_automatic_leaves_shardings_to_the_compiler():
