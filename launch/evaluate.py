@@ -7,6 +7,9 @@ ABOUT = "Scores the latest checkpoint in --workdir on the files held out of its 
 FLAGS = {
     "rows": Key(int, None, True, (), "held-out rows to read; none is all"),
     "batch": Key(int, None, True, (), "rows at a time; none is as in training"),
+    "trust": Key(
+        bool, False, False, (), "open the newest checkpoint without verifying its checksums"
+    ),
 }
 
 
@@ -18,7 +21,7 @@ def main() -> None:
     from training.progress import bar
 
     with setup.one_sentence("evaluate"):
-        built, params, step = setup.reopen(parsed.flags.workdir)
+        built, params, step = setup.reopen(parsed.flags.workdir, trust=parsed.flags.trust)
         rows = parsed.flags.batch
         rows = built.program.batch.inputs.shape[1] if rows is None else rows
         progress = lambda batches: bar(batches, desc="held-out", unit="batch")

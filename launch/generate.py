@@ -17,6 +17,9 @@ FLAGS = {
     "top_k": Key(int, None, True, (), "draw among this many likeliest tokens"),
     "top_p": Key(float, 0.95, False, (), "draw among the likeliest with this much probability"),
     "seed": Key(int, 0, False, (), "of the draws"),
+    "trust": Key(
+        bool, False, False, (), "open the newest checkpoint without verifying its checksums"
+    ),
 }
 
 
@@ -31,7 +34,7 @@ def main() -> None:
         if not 0 <= given.seed < 2**32:
             raise ValueError(f"--seed is {given.seed} and must be at least 0 and below 2^32")
         prompts = [given.prompt] if given.prompt is not None else _lines()
-        built, params, _ = setup.reopen(given.workdir, corpus=False)
+        built, params, _ = setup.reopen(given.workdir, corpus=False, trust=given.trust)
         if not built.config["model"]["causal"]:
             raise ValueError(f"{given.workdir} holds an encoder, which does not continue text")
         tokenizer = built.data.tokenizer

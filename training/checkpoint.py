@@ -1,37 +1,41 @@
-"""Checkpoints on Orbax: asynchronous saving, retention, restoring onto any mesh.
+"""Checkpoints on Orbax that cannot lie: saved in the background, verified before they are opened.
 
 A step is a folder `<workdir>/checkpoints/<step>` with the items `params`, `opt`, `rest` (step,
-position, tokens, aux) and `meta` (JSON). The arrays are saved as flat dicts {key: array}, so that
-the nesting of an optimizer's state never matters to the file, and the table of their shapes is
-in `meta`, so that a state that does not fit is reported key by key before any array is read.
+position, tokens, aux) and `meta` (JSON), and a manifest of all its files (training/manifest.py).
+The arrays are saved as flat dicts {key: array}, so that the nesting of an optimizer's state never
+matters to the file, and the table of their shapes is in `meta`, so that a state that does not fit
+is reported key by key before any array is read. Nothing in a step is ever unpickled.
 """
 
 import json
 import pathlib
+import sys
+from collections.abc import Callable
 from typing import Any
 
 import jax
 
 from training.leaves import assemble, aux_keys, differences, items, placed, shapes
-from training.quiet import orbax
+from training.quiet import cause, orbax, together
+from training.saver import Saver
 from training.state import TrainState
+from training.steps import CheckpointError
+from training.verified import Items, Verified
 
-# Orbax writes this file last, also where a folder cannot be renamed atomically.
-COMMITTED = "commit_success.txt"
+__all__ = ["READING", "CheckpointError", "Checkpoints"]
 NAMED = 20  # leaves listed in one error
-
-
-class CheckpointError(ValueError):
-    """A checkpoint cannot be written, found, or made to fit; one sentence with the path."""
+# What is opened by those that only want parameters, averaged or not.
+READING = ("params", "rest", "meta")
 
 
 class Checkpoints:
     """The checkpoints of one run.
 
     keep: how many of the latest stay (None: all). keep_every: steps divisible by it stay too.
-    Reading touches nothing on disk and may run beside a training process; the first `save` also
-    removes what an interrupted save left behind. In a multi-host run every host calls `save`,
-    `wait`, `restore` and `close`.
+    trust: open steps without verifying them, and those that have no manifest.
+    Reading touches nothing on disk and may run beside a training process; a `save` also removes
+    what an interrupted save left behind. Where a step is asked for, None is the newest sound one.
+    In a multi-host run every host makes the same calls; the first one verifies for all.
     """
 
     def __init__(
@@ -40,106 +44,101 @@ class Checkpoints:
         *,
         keep: int | None = None,
         keep_every: int | None = None,
+        trust: bool = False,
     ):
         if keep is not None and keep < 1:
             raise CheckpointError(f"keep must be at least 1 or none, not {keep}")
         if keep_every is not None and keep_every < 1:
             raise CheckpointError(f"keep_every must be at least 1 or none, not {keep_every}")
         self.folder = pathlib.Path(workdir).absolute() / "checkpoints"
-        self._keep, self._keep_every = keep, keep_every
-        self._manager = None
+        self._steps = Verified(self.folder, trust=trust)
+        self._saver = Saver(self._steps, keep=keep, keep_every=keep_every)
+
+    def probe(self) -> None:
+        """Raises CheckpointError where a save would fail because the folder cannot be written."""
+        self._steps.probe()
 
     def save(self, state: TrainState, meta: dict[str, Any]) -> None:
         """Starts writing `state`; waits first for the previous save, if one is running.
 
         Returns once every array is copied to the host, so that the caller may donate or
         overwrite them. `meta` is any JSON; `shapes`, {item: {key: [dtype, shape]}}, is added.
-        Raises CheckpointError if the previous save failed or this step is there already.
+        Raises CheckpointError if the previous save failed or this step is there already; one that
+        is damaged is replaced, and what else has its name is set aside.
         """
         self.wait()
-        step = int(state.step)
-        if (self.folder / str(step)).exists():
-            raise CheckpointError(
-                f"step {step} is already in {self.folder}: remove it to save it again"
-            )
         parts = items(state)
         meta = _json({**meta, "shapes": {name: shapes(part) for name, part in parts.items()}})
-        try:
-            self._start(step, parts, meta)
-        except Exception as error:
-            raise self._failed(f"cannot save step {step}", error) from error
-
-    def _start(self, step: int, parts: dict[str, dict[str, Any]], meta: dict[str, Any]) -> None:
         ocp = orbax()
-        if self._manager is None:
-            self._manager = _manager(self.folder, self._keep, self._keep_every)
         args = {name: ocp.args.PyTreeSave(part) for name, part in parts.items() if part}
-        args["meta"] = ocp.args.JsonSave(meta)
-        # force: whether to save is the loop's decision, not Orbax's.
-        self._manager.save(step, args=ocp.args.Composite(**args), force=True)
+        self._saver.start(int(state.step), args | {"meta": ocp.args.JsonSave(meta)})
 
     def wait(self) -> None:
         """Returns when no save is running. Raises CheckpointError if the last one failed."""
-        if self._manager is not None:
-            try:
-                self._manager.wait_until_finished()
-            except Exception as error:
-                raise self._failed("the last save failed", error) from error
+        self._saver.wait()
 
     def close(self) -> None:
         """Waits for a running save and ends Orbax's threads. A later save opens them again."""
-        manager, self._manager = self._manager, None
-        if manager is not None:
-            try:
-                manager.close()
-            except Exception as error:
-                raise self._failed("the last save failed", error) from error
+        self._saver.close()
 
     def __enter__(self) -> "Checkpoints":
         return self
 
-    def __exit__(self, *exc) -> None:
-        self.close()
+    def __exit__(self, kind, *exc) -> None:
+        try:
+            self.close()
+        except CheckpointError as error:
+            if kind is None:
+                raise
+            # Whatever ended the run comes first.
+            print(f"note: {error}", file=sys.stderr)
 
     def steps(self) -> list[int]:
-        """The finished checkpoints, ascending; a save still running is not among them."""
-        if not self.folder.is_dir():
-            return []
-        return sorted(
-            int(path.name)
-            for path in self.folder.iterdir()
-            if path.name.isdecimal()
-            and (path / COMMITTED).is_file()
-            and (path / "meta" / "metadata").is_file()
-        )
+        """The finished checkpoints, ascending and unverified; a running save is not among them."""
+        return self._steps.finished()
 
-    def latest(self) -> int | None:
-        """The last finished checkpoint, or None."""
-        return max(self.steps(), default=None)
+    def latest(self, items: Items = None) -> int | None:
+        """The newest sound checkpoint; None if there is nothing that looks like one.
+
+        items: those whose files are verified, all if None. A step that is skipped is told on
+        stderr, once. Raises CheckpointError if there are steps and none is sound.
+        """
+        return self._steps.latest(items)
+
+    def newest(self, read: Callable[[int], Any], items: Items = None) -> Any:
+        """read(step) of the newest sound step; of a newer one if that is removed meanwhile.
+
+        items: as for `latest`. Raises CheckpointError if there is no checkpoint.
+        """
+        return self._steps.newest(read, items)
 
     def meta(self, step: int | None = None) -> dict[str, Any]:
-        """The JSON saved with `step` (the latest if None), `shapes` included."""
-        path = self._path(step) / "meta" / "metadata"
-        try:
-            return json.loads(path.read_text())
-        except (OSError, ValueError) as error:
-            raise self._failed(f"{path} cannot be read", error) from error
+        """The JSON saved with `step`, `shapes` included."""
+        if step is None:
+            return self.newest(self.meta)
+        return self._steps.opened(step, ("meta",), _meta)
 
     def restore(
         self, step: int | None, abstract_state: TrainState
     ) -> tuple[TrainState, dict[str, Any]]:
-        """The state of `step` (the latest if None) and its meta.
+        """The state of `step` and its meta.
 
         abstract_state: a TrainState of ShapeDtypeStructs (or arrays), whose shardings say where
         each leaf goes, on whatever mesh; a leaf without one goes to the first local device.
-        Raises CheckpointError if there is no such step, or names every leaf that is missing,
-        not asked for, or of another shape or dtype.
+        Raises CheckpointError if there is no such step or it is not sound, or names every leaf
+        that is missing, not asked for, or of another shape or dtype.
         """
-        path, meta = self._path(step), self.meta(step)
+        if step is None:
+            return self.newest(lambda newest: self.restore(newest, abstract_state))
         wanted = items(abstract_state)
-        _check(path, {name: differences(meta["shapes"][name], wanted[name]) for name in wanted})
-        found = {name: self._read(path / name, part) for name, part in wanted.items()}
-        return assemble(abstract_state, found), meta
+
+        def read(path: pathlib.Path) -> tuple[TrainState, dict[str, Any]]:
+            meta = _meta(path)
+            _check(path, {name: differences(meta["shapes"][name], wanted[name]) for name in wanted})
+            found = {name: _read(path / name, part) for name, part in wanted.items()}
+            return assemble(abstract_state, found), meta
+
+        return self._steps.opened(step, None, read)
 
     def restore_params(
         self,
@@ -151,64 +150,53 @@ class Checkpoints:
         """The parameters of `step` alone and its meta; optimizer state is never opened.
 
         abstract: {path: ShapeDtypeStruct} as in `restore`; None takes what was saved to the
-        first local device. aux: a flat dict in the state's aux (such as 'ema') instead.
+        first local device. aux: a flat dict in the state's aux (such as 'ema') instead. Only the
+        files that are opened for it are verified.
         """
-        path, meta = self._path(step), self.meta(step)
-        item, saved = "params", meta["shapes"]["params"]
-        keys = {name: name for name in saved}
-        if aux is not None:
-            item, saved = "rest", meta["shapes"]["rest"]
-            keys = aux_keys(saved, aux)
-        saved = {name: saved[key] for name, key in keys.items()}
-        if abstract is None:
-            abstract = {k: jax.ShapeDtypeStruct(s, dtype) for k, (dtype, s) in saved.items()}
-        _check(path, {aux or item: differences(saved, abstract)})
-        found = self._read(path / item, {keys[name]: leaf for name, leaf in abstract.items()})
-        return {name: found[keys[name]] for name in abstract}, meta
+        if step is None:
+            return self.newest(
+                lambda newest: self.restore_params(newest, abstract, aux=aux), READING
+            )
+        item = "params" if aux is None else "rest"
 
-    def _path(self, step: int | None) -> pathlib.Path:
-        steps = self.steps()
-        if not steps:
-            raise CheckpointError(f"no finished checkpoint in {self.folder}")
-        if step is not None and step not in steps:
-            listed = ", ".join(map(str, steps))
-            raise CheckpointError(f"no checkpoint of step {step} in {self.folder}, only {listed}")
-        return self.folder / str(steps[-1] if step is None else step)
+        def read(path: pathlib.Path) -> tuple[dict[str, jax.Array], dict[str, Any]]:
+            meta = _meta(path)
+            saved = meta["shapes"][item]
+            keys = {name: name for name in saved} if aux is None else aux_keys(saved, aux)
+            saved = {name: saved[key] for name, key in keys.items()}
+            like = abstract
+            if like is None:
+                like = {k: jax.ShapeDtypeStruct(s, dtype) for k, (dtype, s) in saved.items()}
+            _check(path, {aux or item: differences(saved, like)})
+            found = _read(path / item, {keys[name]: leaf for name, leaf in like.items()})
+            return {name: found[keys[name]] for name in like}, meta
 
-    def _read(self, path: pathlib.Path, leaves: dict[str, Any]) -> dict[str, jax.Array]:
-        if not leaves:
-            return {}
-        ocp = orbax()
-        leaves = {key: placed(leaf) for key, leaf in leaves.items()}
-        args = ocp.args.PyTreeRestore(
-            item=leaves,
-            restore_args=ocp.checkpoint_utils.construct_restore_args(leaves),
-            partial_restore=True,
-        )
-        try:
-            with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as reader:
-                return reader.restore(path, args=args)
-        except Exception as error:
-            raise self._failed(f"{path} cannot be read", error) from error
-
-    def _failed(self, what: str, error: Exception) -> CheckpointError:
-        lines = str(error).strip().splitlines() or [""]
-        return CheckpointError(f"{what} ({self.folder}): {type(error).__name__}: {lines[0]}")
+        return self._steps.opened(step, (item, "meta"), read)
 
 
-def _manager(folder: pathlib.Path, keep: int | None, keep_every: int | None):
+def _meta(path: pathlib.Path) -> dict[str, Any]:
+    path = path / "meta" / "metadata"
+    try:
+        return json.loads(path.read_text())
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"{path} cannot be read: {cause(error)}") from error
+
+
+def _read(path: pathlib.Path, leaves: dict[str, Any]) -> dict[str, jax.Array]:
+    if not leaves:
+        return {}
     ocp = orbax()
-    policies = ocp.checkpoint_managers
-    kept = [policies.LatestN(keep)]
-    if keep_every is not None:
-        kept.append(policies.EveryNSteps(keep_every))
-    policy = policies.AnyPreservationPolicy(kept)
-    return ocp.CheckpointManager(
-        folder,
-        options=ocp.CheckpointManagerOptions(
-            preservation_policy=policy, cleanup_tmp_directories=True
-        ),
+    leaves = {key: placed(leaf) for key, leaf in leaves.items()}
+    args = ocp.args.PyTreeRestore(
+        item=leaves,
+        restore_args=ocp.checkpoint_utils.construct_restore_args(leaves),
+        partial_restore=True,
     )
+    try:
+        with ocp.Checkpointer(ocp.PyTreeCheckpointHandler(), **together()) as reader:
+            return reader.restore(path, args=args)
+    except Exception as error:
+        raise CheckpointError(f"{path} cannot be read: {cause(error)}") from error
 
 
 def _check(path: pathlib.Path, wrong: dict[str, list[str]]) -> None:

@@ -7,6 +7,7 @@ from typing import Any
 
 import jax
 
+from training.hosts import Alone, Hosts
 from training.program import Program
 
 
@@ -19,6 +20,8 @@ class Run:
     sample(params) -> text of the model, or None.
     accept_corpus: go on where the corpus, or the keys of `data` that choose its rows, have changed.
     accept_config: go on where keys have changed that decide what is computed from a row.
+    trust: go on from the newest checkpoint without verifying it.
+    hosts: the processes of the run, of which this is one.
     """
 
     config: Mapping
@@ -31,3 +34,5 @@ class Run:
     sample: Callable[[dict], str] | None = None
     accept_corpus: bool = False
     accept_config: bool = False
+    trust: bool = False
+    hosts: Alone | Hosts = dataclasses.field(default_factory=Alone)

@@ -8,6 +8,7 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from training import state as counters
+from training.checkpoint import Checkpoints
 from training.state import TrainState
 
 
@@ -57,3 +58,10 @@ def first(mesh):
         return NamedSharding(mesh, P(axis) if divides else P())
 
     return place
+
+
+def save(workdir, *states, meta=(), **own):
+    """Saves these states into the folder of a run; own: of its Checkpoints."""
+    with Checkpoints(workdir, **own) as checkpoints:
+        for state in states:
+            checkpoints.save(state, dict(meta))
