@@ -9,7 +9,7 @@ import numpy as np
 
 from inference import sampling
 from models.context import Context
-from parallel.rules import spec, ways
+from parallel.rules import constrain, spec, ways
 
 # Prompts are padded to a multiple of this, so that few lengths compile.
 BUCKET = 64
@@ -110,6 +110,7 @@ def _compiled(model, tokens, eos, top_k, context):
         token = pick(logits, lengths)
         carry = (token, lengths, cache, token == eos)
         (token, *_), out = jax.lax.scan(one, carry, None, length=tokens - 1)
-        return jnp.concatenate([jnp.moveaxis(out, 0, 1), token[:, None]], 1)
+        ids = jnp.concatenate([jnp.moveaxis(out, 0, 1), token[:, None]], 1)
+        return constrain(ids, None, None)  # Rows of other hosts cannot be read here.
 
     return jax.jit(run)

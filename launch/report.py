@@ -85,12 +85,18 @@ def sampler(setup: Setup) -> Callable[[dict], str] | None:
 
 
 def closing(job: Run, outcome: Outcome, given: Parsed) -> str:
-    """Scores beside n-gram counts, a sample, and what one may do next."""
+    """Scores beside n-gram counts, a sample, and what one may do next.
+
+    To be called by every process of a run; only what the leader is given is complete.
+    """
     folder, steps = shlex.quote(str(job.workdir)), job.config["steps"]
     changes = {f"--config.{key}": text for key, text in given.overrides.items() if key != "steps"}
     chosen = [f"{flag}={shlex.quote(text)}" for flag, text in changes.items()]
     command = ["uv run train --config", shlex.quote(given.flags.config), "--workdir", folder]
-    again = " ".join([*command, *chosen])
+    given_hosts = {n: getattr(given.flags, n, None) for n in ("coordinator", "processes")}
+    hosts = [f"--{name}={value}" for name, value in given_hosts.items() if value is not None]
+    hosts += ["--process=I"] if len(hosts) > 1 else []
+    again = " ".join([*command, *chosen, *hosts])
     if outcome.step < steps:
         at = f"--config.steps={steps}" if "steps" in given.overrides else ""
         return f"stopped at step {outcome.step} of {steps}, saved; to go on: {again} {at}".rstrip()
@@ -98,8 +104,8 @@ def closing(job: Run, outcome: Outcome, given: Parsed) -> str:
     if not outcome.stepped:
         lines.append(f"this run is finished: {folder} holds step {outcome.step} of {steps}")
     if outcome.score is not None:
-        lines += _scores(job, outcome)
         text = outcome.text or (job.sample and job.sample(parameters(outcome.state)))
+        lines += _scores(job, outcome) if job.hosts.leader else []
         lines += ["", "sample", text, ""] if text else [""]
     lines += [
         f"train on:     {again} --config.steps={2 * steps}",

@@ -7,21 +7,21 @@ import os
 import pathlib
 import sys
 import types
-from collections.abc import Iterator, Mapping
-from importlib.metadata import version
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import jax
 
 import data.methods
 import data.pipeline
+from launch import provenance
 from launch.failure import sentence
 from parallel import mesh as meshes
 from parallel.rules import ways
 from parallel.weight import Entry, Table
 from training import flops
 from training import program as programs
-from training.checkpoint import Checkpoints
+from training.checkpoint import READING, Checkpoints
 from training.loop import NotFiniteError
 
 
@@ -33,56 +33,73 @@ class Setup:
     program: programs.Program
 
 
-def build(config: Mapping, mesh: jax.sharding.Mesh | None = None, corpus: bool = True) -> Setup:
+def build(
+    config: Mapping,
+    mesh: jax.sharding.Mesh | None = None,
+    corpus: bool = True,
+    connect: Callable[[Any], None] | None = None,
+) -> Setup:
     """Mesh, data and program of a resolved config; the mesh becomes the current one.
 
     mesh: instead of the config's.  corpus: False opens none, and `data` has a tokenizer alone.
+    connect(data): joins several processes, which only then may touch their devices.
     Raises ValueError in one sentence for whatever does not fit.
     """
-    mesh = meshes.make(**config["mesh"]) if mesh is None else mesh
-    given = data.pipeline.build(seed=config["seed"], **config["data"]) if corpus else _ids(config)
+    if mesh is None and connect is None:  # Told before a corpus is read that takes its time.
+        mesh = meshes.make(**config["mesh"])
+    whole = lambda: data.pipeline.build(seed=config["seed"], **config["data"])
+    given = whole() if corpus else tokenizer_alone(config)
+    if connect is not None:
+        connect(given)
+        mesh = meshes.make(**config["mesh"])
     program = programs.build(config, mesh, given.tokenizer.vocab_size)
     jax.set_mesh(mesh)
     return Setup(config, mesh, given, program)
 
 
-def _ids(config: Mapping) -> types.SimpleNamespace:
+def tokenizer_alone(config: Mapping) -> types.SimpleNamespace:
+    """What stands for the data where no corpus is opened."""
     name = config["data"]["tokenizer"]
     own = config["data"]["tokenizers"].get(name, {})
     tokenizer = data.methods.make("tokenizers", "Tokenizer", name, own)
     return types.SimpleNamespace(tokenizer=tokenizer, vocab_size=tokenizer.vocab_size)
 
 
-def reopen(workdir: str | None, corpus: bool = True) -> tuple[Setup, dict, int]:
-    """The setup, all parameters and the step of the latest checkpoint in a run's folder.
+def reopen(
+    workdir: str | None, corpus: bool = True, trust: bool = False
+) -> tuple[Setup, dict, int]:
+    """The setup, all parameters and the step of the newest sound checkpoint in a run's folder.
 
     A run of another number of devices is laid out over those that are here.  corpus: as for
-    `build`; False for what writes text and reads none, which may have moved. Raises ValueError
-    where the folder holds no checkpoint, and for another tokenizer than the run's.
+    `build`; False for what writes text and reads none, which may have moved.  trust: the newest
+    checkpoint, unverified. Raises ValueError where the folder holds no checkpoint or none that is
+    sound, and for another tokenizer than the run's.
     """
     if workdir is None:
         raise ValueError("give --workdir FOLDER, the folder of a run")
-    with Checkpoints(workdir) as checkpoints:
-        latest = checkpoints.latest()  # once: a training process may go on beside this one
-        header = checkpoints.meta(latest)["header"]
-        config = _tuples(header["config"])
-        mesh = _mesh_here(config["mesh"])
-        devices = ways(mesh, "batch")
-        rows = config["data"]["batch_size"] // config["data"]["micro_batches"]
-        config["data"] |= {"batch_size": -(-rows // devices) * devices, "micro_batches": 1}
-        setup = build(config, mesh, corpus)
-        _same_tokenizer(header, setup)
-        if corpus:
-            _tell_others(header, setup.data.fingerprint)
-        state = setup.program.state
-        averaged = "ema" in state.aux
-        params, _ = checkpoints.restore_params(
-            latest, state.params, aux="ema" if averaged else None
-        )
-        if "frozen" in state.aux:
-            frozen, _ = checkpoints.restore_params(latest, state.aux["frozen"], aux="frozen")
-            params = frozen | params
-        return setup, params, latest
+    with Checkpoints(workdir, trust=trust) as checkpoints:
+        # A training process may go on beside this one, and remove a step while it is read.
+        return checkpoints.newest(lambda step: _reopen(checkpoints, step, corpus), READING)
+
+
+def _reopen(checkpoints: Checkpoints, step: int, corpus: bool) -> tuple[Setup, dict, int]:
+    header = checkpoints.meta(step)["header"]
+    config = _tuples(header["config"])
+    mesh = _mesh_here(config["mesh"])
+    devices = ways(mesh, "batch")
+    rows = config["data"]["batch_size"] // config["data"]["micro_batches"]
+    config["data"] |= {"batch_size": -(-rows // devices) * devices, "micro_batches": 1}
+    setup = build(config, mesh, corpus)
+    _same_tokenizer(header, setup)
+    if corpus:
+        _tell_others(header, setup.data.fingerprint)
+    state = setup.program.state
+    averaged = "ema" in state.aux
+    params, _ = checkpoints.restore_params(step, state.params, aux="ema" if averaged else None)
+    if "frozen" in state.aux:
+        frozen, _ = checkpoints.restore_params(step, state.aux["frozen"], aux="frozen")
+        params = frozen | params
+    return setup, params, step
 
 
 def _same_tokenizer(header: Mapping, setup: Setup) -> None:
@@ -124,8 +141,10 @@ def header(setup: Setup) -> dict:
         "tokenizer": setup.data.tokenizer.fingerprint(),
         "seed": setup.config["seed"],
         "device": {"kind": device.device_kind, "count": setup.mesh.devices.size},
+        "processor": provenance.processor(),
         "hosts": jax.process_count(),
-        "versions": {name: version(name) for name in ("jax", "flax", "optax", "orbax-checkpoint")},
+        "versions": provenance.versions(),
+        "commit": provenance.commit(),
     }
 
 
@@ -212,20 +231,31 @@ def one_sentence(command: str) -> Iterator[None]:
     """
     try:
         yield
-    except (ValueError, OSError, ImportError, NotImplementedError) as error:
-        if os.environ.get("MESHWORK_TRACEBACK"):
+    except (Exception, KeyboardInterrupt) as error:
+        status, text = explain(command, error)
+        if text is None:
             raise
-        print(sentence(command, error), file=sys.stderr)
-        raise SystemExit(1 if isinstance(error, NotFiniteError) else 2) from None
-    except jax.errors.JaxRuntimeError as error:
-        what = str(error).partition("\n")[0]
-        if os.environ.get("MESHWORK_TRACEBACK") or "RESOURCE_EXHAUSTED" not in what:
-            raise
+        if text:
+            print(text, file=sys.stderr)
+        raise SystemExit(status) from None
+
+
+def explain(command: str, error: BaseException) -> tuple[int, str | None]:
+    """The exit status for an error and its sentence, empty if there is nothing to say.
+
+    None where the user can do nothing, or asks by MESHWORK_TRACEBACK=1 where it came from.
+    """
+    if isinstance(error, KeyboardInterrupt):
+        return 130, ""
+    if os.environ.get("MESHWORK_TRACEBACK"):
+        return 1, None
+    if isinstance(error, (ValueError, OSError, ImportError, NotImplementedError)):
+        return 1 if isinstance(error, NotFiniteError) else 2, sentence(command, error)
+    what = str(error).partition("\n")[0]
+    if isinstance(error, jax.errors.JaxRuntimeError) and "RESOURCE_EXHAUSTED" in what:
         fix = "lower data.length or data.batch_size, or raise data.micro_batches"
-        print(f"{command}: the devices have too little memory ({what}); {fix}", file=sys.stderr)
-        raise SystemExit(2) from None
-    except KeyboardInterrupt:
-        raise SystemExit(130) from None
+        return 2, f"{command}: the devices have too little memory ({what}); {fix}"
+    return 1, None
 
 
 def workdir(flags, config_path: str) -> pathlib.Path:

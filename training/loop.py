@@ -41,7 +41,8 @@ class Outcome:
 def run(job: Run) -> Outcome:
     """Trains from the latest checkpoint in workdir, or from the start, to config['steps'].
 
-    SIGTERM or the first Ctrl-C ends it after the step under way, with a checkpoint.
+    SIGTERM or the first Ctrl-C ends it after the step under way, with a checkpoint; of several
+    processes any may be told, and all end after the same step.
 
     Raises:
       NotFiniteError: a loss, gradient or update not finite; checkpoints made before it stay.
@@ -56,20 +57,22 @@ def run(job: Run) -> Outcome:
         # Entered first and so left last: a second signal must not end a save under way.
         interrupt = stack.enter_context(Interrupt())
         stack.enter_context(lock(job.workdir))
-        keeping = dict(keep=every["keep"], keep_every=every["keep_every"])
+        keeping = dict(keep=every["keep"], keep_every=every["keep_every"], trust=job.trust)
         checkpoints = stack.enter_context(Checkpoints(job.workdir, **keeping))
+        job.hosts.go_on_from(checkpoints.steps)
         if every["eval_every"] is not None and not job.data.holds_out():
             raise ValueError(
                 "no document is held out to evaluate on; raise the holdout of the source, which of "
                 "token shards is set when they are written, or set train.eval_every=none"
             )
         check(job)
+        checkpoints.probe()  # before there is anything to lose
         state, first, header = begin(checkpoints, job)
         job = dataclasses.replace(job, header=header)
         if first >= steps and (score := final(job.workdir, first)) is not None:
             return Outcome(state, first, stepped=False, score=score)
         start, rows = to_int(state.position), config["data"]["batch_size"]
-        batches = stack.enter_context(feed(job.data, program.batch, start))
+        batches = job.hosts.fed(stack.enter_context(feed(job.data, program.batch, start)))
         watch = stack.enter_context(Watch(job, state, checkpoints))
         profile = stack.enter_context(_Profile(job.workdir, every))
         hearing = Hearing(job.data)
@@ -79,12 +82,14 @@ def run(job: Run) -> Outcome:
             hearing.step(after(step), watch.read(step, metrics, hearing.metrics))
 
         def evaluate() -> None:
+            job.hosts.at("evaluating")
             score = _score(job, state, every["eval_rows"])
             if step < steps:
                 watch.score(step, score)
             hearing.score(after(step), score)
 
         def save() -> None:
+            job.hosts.at("saving")
             # What the data has heard decides rows to come, so it is kept with the state.
             heard = job.data.state(after(step))
             checkpoints.save(state, {"header": job.header} | ({"data": heard} if heard else {}))
@@ -97,7 +102,7 @@ def run(job: Run) -> Outcome:
             if pending is not None:
                 read(*pending)
             pending = step, metrics
-            stop = interrupt.requested
+            stop = job.hosts.stops(step, interrupt.requested)
             due = {key: every[key] is not None and step % every[key] == 0 for key in PERIODS}
             if not (stop or step == steps or any(due.values())):
                 continue
@@ -124,13 +129,15 @@ def run(job: Run) -> Outcome:
             return Outcome(state, step, stepped=True)
         score, stepped = None, step > first
         if job.data.holds_out():
+            job.hosts.at("evaluating")
             watch.bar.set_description("held-out")
             score = _score(job, state, None)
             watch.score(step, score)
             watch.log.hparams(dict(config), score.values())
         text = watch.text(step, state)
+        job.hosts.at("saving")
         checkpoints.wait()
-        if score is not None:
+        if score is not None and job.hosts.leader:
             _write_final(job.workdir, step, score)
         return Outcome(state, step, stepped, score, text)
 

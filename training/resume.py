@@ -24,16 +24,17 @@ def begin(checkpoints: Checkpoints, job: Run) -> tuple[TrainState, int, dict]:
     ValueError for a corpus that ends before the run does.
     """
     new = dict(job.header)
-    if checkpoints.latest() is None:
+    step = checkpoints.latest()
+    if step is None:
         _enough_rows(job, 0, 0)
         return job.program.init(), 0, new | {"corpora": [_corpus(new, 0)]}
-    meta = checkpoints.meta()
+    meta = checkpoints.meta(step)
     old = meta["header"]
     changed = changes(old["config"], new["config"])
     _refuse_changes(changed, job)
     _refuse_tokenizer(old, job)
     _refuse_corpus(old, job)
-    state, _ = checkpoints.restore(None, job.program.state)
+    state, _ = checkpoints.restore(step, job.program.state)
     first, position = int(state.step), to_int(state.position)
     history = _history(old, changed, job, first, position)
     accepted = len(history["corpora"]) > len(old.get("corpora", [0]))

@@ -34,7 +34,7 @@ class Watch:
         # Earlier steps may have had batches of another size.
         self._tokens, self._position = to_int(state.tokens), to_int(state.position)
         self._started = time.perf_counter()
-        leader = jax.process_index() == 0
+        leader = job.hosts.leader
         self.log = Log(job.workdir, dict(job.header), first or None, enabled=leader)
         self.clock = Clock()
         self.bar = bar(total=job.config["steps"], initial=first, unit="step", disable=not leader)
@@ -59,7 +59,7 @@ class Watch:
         finite = all(math.isfinite(values[key]) for key in FINITE)
         self.clock.tick(self._step_tokens)
         if wanted or not finite:
-            logged = values | self._weights(step) | self._speed(step)
+            logged = values | self._weights(step) | self._speed(step) | self._job.hosts.times()
             self.log.write(step, self._seen(step), logged)
         if not finite:
             raise NotFiniteError(self._diagnosis(step, values))
@@ -72,6 +72,8 @@ class Watch:
     def score(self, step: int, score: Score) -> None:
         logged = {f"validation/{name}": value for name, value in score.values().items()}
         self.log.write(step, self._seen(step), logged)
+        if not self._job.hosts.leader:
+            return
         shown = score.summary().items()
         words = "  ".join(f"{name.replace('_', ' ')} {value:.4f}" for name, value in shown)
         self.bar.write(f"step {step:>6}  held-out {words}", file=sys.stderr)
@@ -79,6 +81,7 @@ class Watch:
     def text(self, step: int, state: TrainState) -> str | None:
         if self._job.sample is None:
             return None
+        self._job.hosts.at("sampling")
         text = self._job.sample(parameters(state))
         self.log.text(step, "sample", f"```\n{text}\n```")
         return text
