@@ -21,7 +21,8 @@ Samples = dict[str, list[float]]
 class Row:
     """Meshwork's samples beside a peer's, of one quantity; sample i of both were taken together.
 
-    peer: empty where there is nothing to compare with.  least: the ratio wanted, None for no wish.
+    peer: empty where there is nothing to compare with.  least, most: the ratio wanted, None for no
+    wish.
     """
 
     what: str
@@ -29,6 +30,7 @@ class Row:
     ours: Sequence[float]
     peer: Sequence[float] = ()
     least: float | None = None
+    most: float | None = None
 
     @property
     def ratios(self) -> list[float]:
@@ -153,6 +155,9 @@ def _cells(row: Row) -> tuple[str, ...]:
     if row.least is not None:
         word = "as wanted" if of["median"] >= row.least else "BELOW what is wanted"
         wanted = f"{word}, {row.least:g}"
+    if row.most is not None:
+        word = "as wanted" if of["median"] <= row.most else "ABOVE what is wanted"
+        wanted = f"{word}, {row.most:g}"
     around = f"{of['min']:.3f} .. {of['max']:.3f}"
     return name, ours, _number(row.peer), f"{of['median']:.3f}", half, around, n, wanted
 

@@ -12,6 +12,7 @@ import pytest
 from flax import nnx
 
 from experiments import base
+from launch import study
 from launch.config import resolve, shared_keys
 from launch.files import ROOT, leaves
 from launch.schema import documented
@@ -19,6 +20,7 @@ from models.lm import LM, padded
 
 FILES = sorted((ROOT / "experiments").glob("[!_]*.py"))
 NAMES = [path.stem for path in FILES]
+STUDIES = [x for x in NAMES if hasattr(importlib.import_module(f"experiments.{x}"), "ARMS")]
 NOT_OF_LM = ("vocab", "causal", "dtype", "taps")
 
 
@@ -60,10 +62,27 @@ def test_file_imports_only_what_it_may(path):
 @pytest.mark.parametrize("name", NAMES)
 def test_docstring_says_how_to_run_it_and_what_came_out(name):
     text = inspect.getdoc(importlib.import_module(f"experiments.{name}"))
-    assert f"uv run train --config experiments/{name}.py" in text
+    command = "sweep" if name in STUDIES else "train --config"
+    assert f"uv run {command} experiments/{name}.py" in text
     if name != "base":
         assert "\nCOST " in text
         assert "\nEXPECTED " in text
+
+
+@pytest.mark.parametrize("name", STUDIES)
+def test_study_resolves_and_states_its_rule(name):
+    """`read` resolves every run, and refuses two of one name and a docstring without the rule."""
+    found = study.read(f"experiments/{name}.py", {})
+    text = inspect.getdoc(importlib.import_module(f"experiments.{name}"))
+    assert all(f"\n{word} " in text for word in ("RULE", "COMMAND", "COST", "FULL", "EXPECTED"))
+    assert len(found.seeds) >= 3
+    assert len(set(map(str, (run.config for run in found.runs)))) == len(found.runs)
+
+
+def test_baseline_of_the_optimizers_is_the_quickstart():
+    own, other = (dict(leaves(resolve(name))) for name in ("optimizers", "quickstart"))
+    changed = {key for key in own | other if own.get(key) != other.get(key)}
+    assert {key for key in changed if not key.startswith("train.")} == {"steps"}
 
 
 # Counted by hand from the papers' shapes; a padded vocabulary is not counted.

@@ -1,0 +1,104 @@
+"""The picture of a study: the metric against tokens for every arm, and its last values by seed."""
+
+import pathlib
+import re
+from collections.abc import Mapping
+
+INK, QUIET = "#222222", "#9a9a9a"
+# Paul Tol's bright scheme, told apart by all common kinds of colour vision; lines differ as well.
+COLOURS = ("#4477AA", "#EE6677", "#228833", "#AA3377", "#CCBB44", "#66CCEE")
+LINES = ("-", (0, (5, 2)), (0, (1, 1)), (0, (5, 1, 1, 1)))
+
+
+def draw(summary: Mapping, out: pathlib.Path) -> None:
+    """Writes the picture of `analysis.summary.summarise`.
+
+    Raises ImportError, one sentence, where matplotlib is missing.
+    """
+    try:
+        import matplotlib
+    except ImportError:
+        raise ImportError(
+            f"matplotlib is not installed, so {out} was not drawn; run `uv sync` for the packages "
+            "of development and ask for the report again"
+        ) from None
+    matplotlib.use("agg")
+    from matplotlib import pyplot as plt
+
+    styles = style(summary)
+    tall = 1.6 + 0.36 * max(5, len(styles))
+    options = dict(figsize=(9.6, tall), dpi=150, layout="constrained", width_ratios=(3, 2))
+    figure, (left, right) = plt.subplots(1, 2, **options)
+    _curves(left, summary, styles)
+    _values(right, summary, styles)
+    for axes in (left, right):
+        axes.spines[["top", "right"]].set_visible(False)
+    # Without the date and the version that matplotlib would write into it.
+    figure.savefig(out, metadata={"Software": None})
+    plt.close(figure)
+
+
+def style(summary: Mapping) -> dict[str, dict]:
+    """{arm: colour and line}; the baseline is black."""
+    base, found, others = summary["declared"]["baseline"], {}, 0
+    for arm in summary["arms"]:
+        if arm == base:
+            found[arm] = dict(color=INK, ls="-")
+        else:
+            turn, colour = divmod(others, len(COLOURS))
+            line = LINES[(colour + turn + 1) % len(LINES)]
+            found[arm], others = dict(color=COLOURS[colour], ls=line), others + 1
+    return found
+
+
+def _curves(axes, summary: Mapping, styles: Mapping) -> None:
+    """Mean lines, and bands from the least to the greatest seed."""
+    from matplotlib.ticker import EngFormatter
+
+    for arm, look in styles.items():
+        band = summary["arms"][arm]["curve"]
+        if band["tokens"]:
+            axes.fill_between(
+                band["tokens"], band["low"], band["high"], color=look["color"], alpha=0.15, lw=0
+            )
+            axes.plot(band["tokens"], band["mean"], lw=1.8, **look)
+    rows, metric = summary["scored_rows"], summary["declared"]["metric"]
+    of = f", first {rows:,} held-out rows" if rows and metric.startswith("validation/") else ""
+    axes.set_title(f"while training{of}: mean and range", fontsize=9, loc="left", color=INK)
+    axes.set_xlabel("tokens seen")
+    axes.set_ylabel(_words(metric))
+    axes.xaxis.set_major_formatter(EngFormatter(sep=""))
+
+
+def _values(axes, summary: Mapping, styles: Mapping) -> None:
+    """The last value of every seed, its mean and range; the names tell which line is which."""
+    for place, (arm, look) in enumerate(styles.items()):
+        found = summary["arms"][arm]
+        values = [x for x in found["values"].values() if x is not None]
+        if values:
+            axes.plot([min(values), max(values)], [place, place], lw=1.8, **look)
+            axes.plot(values, [place] * len(values), "o", ms=4, color=look["color"], mew=0)
+            mean = found["spread"]["mean"]
+            axes.plot([mean], [place], "|", ms=16, mew=2, color=look["color"])
+            at = dict(textcoords="offset points", xytext=(0, 9), ha="center")
+            axes.annotate(f"{mean:.3f}", (mean, place), **at, fontsize=8, color=INK)
+    labels = [f"{arm}\n{_short(summary['arms'][arm]['chosen'])}".strip() for arm in styles]
+    axes.set_yticks(range(len(styles)), labels, fontsize=8)
+    for text, look in zip(axes.get_yticklabels(), styles.values(), strict=True):
+        text.set_color(look["color"])
+    axes.set_ylim(len(styles) - 0.5, -0.7)
+    axes.margins(x=0.12)
+    axes.grid(axis="x", color=QUIET, alpha=0.3, lw=0.6)
+    axes.set_title("at the end: seeds, range, mean", fontsize=9, loc="left", color=INK)
+    axes.set_xlabel(_words(summary["declared"]["metric"]))
+
+
+def _words(metric: str) -> str:
+    """validation/bits_per_byte as 'bits per byte, held-out'."""
+    split, _, name = metric.rpartition("/")
+    return name.replace("_", " ") + (", held-out" if split == "validation" else "")
+
+
+def _short(point: str | None) -> str:
+    """`optim.lr=0.004` as `lr=0.004`."""
+    return re.sub(r"[\w.]+\.(\w+=)", r"\1", point or "")

@@ -1,0 +1,87 @@
+"""What should be equal between the runs of a study, and where and on what they ran."""
+
+import json
+from collections.abc import Callable, Mapping
+
+from analysis.records import Record
+from analysis.studies import Study
+
+# How batches are built and split, on which no row depends.
+LAYOUT = ("prefetch", "workers", "micro_batches")
+
+
+def tokens(record: Record) -> int:
+    """Seen by the last step; of a run that diverged, planned."""
+    data = record.config["data"]
+    planned = record.config["steps"] * data["batch_size"] * data["length"]
+    return record.last["tokens"] if record.ended else planned
+
+
+def flops_per_token(record: Record) -> float | None:
+    """Of the model's matrix products, forward and backward, without what a mask hides."""
+    return record.headers[0]["flops_per_token"].get("visible")
+
+
+def _data(record: Record) -> dict:
+    return {key: x for key, x in record.config["data"].items() if key not in LAYOUT}
+
+
+# For runs of one seed these decide which rows they read, in which order, and how much work it is.
+EQUAL = {
+    "corpora": lambda record: sorted({head["fingerprint"] for head in record.headers}),
+    "tokenizers": lambda record: record.headers[0]["tokenizer"],
+    "keys of data": _data,
+    "tokens": tokens,
+    "FLOPs a token": flops_per_token,
+}
+
+
+def differences(study: Study) -> list[str]:
+    """A sentence on each thing that must be equal for a verdict, and is not or is unknown."""
+    found = []
+    for what, of in EQUAL.items():
+        groups = groups_of(study, lambda record, of=of: json.dumps(of(record), sort_keys=True))
+        if len(groups) > 1:
+            told = "; ".join(f"{text} in {_some(names)}" for text, names in groups.items())
+            found.append(f"{what} differ: {told}")
+    unknown = [name for name, record in study.records.items() if flops_per_token(record) is None]
+    return found + ([f"FLOPs are unknown of {_some(unknown)}"] if unknown else [])
+
+
+def ran(study: Study) -> dict[str, dict[str, list[str]]]:
+    """{what: {fact: runs of which it holds}}."""
+    head = lambda key: lambda record: _text([header.get(key) for header in record.headers])
+    facts = {
+        "commit": head("commit"),
+        "device": head("device"),
+        "processor": head("processor"),
+        "versions": head("versions"),
+        "corpus": head("fingerprint"),
+        "parameters": head("parameters"),
+        "tokens": lambda record: f"{tokens(record):,}",
+        "FLOPs": lambda record: f"{tokens(record) * (flops_per_token(record) or 0):.4g}",
+    }
+    return {what: groups_of(study, of) for what, of in facts.items()}
+
+
+def groups_of(study: Study, of: Callable[[Record], str]) -> dict[str, list[str]]:
+    """{fact: names of the runs that have it}."""
+    groups: dict[str, list[str]] = {}
+    for name, record in study.records.items():
+        groups.setdefault(of(record), []).append(name)
+    return groups
+
+
+def _some(names: list[str]) -> str:
+    return names[0] if len(names) == 1 else f"{names[0]} and {len(names) - 1} more"
+
+
+def _text(values: list) -> str:
+    """What the headers of one run say, each thing once."""
+
+    def plain(value: object) -> str:
+        if isinstance(value, Mapping):
+            return ", ".join(f"{key} {x}" for key, x in value.items())
+        return "unknown" if value is None else str(value)
+
+    return ", then ".join(dict.fromkeys(map(plain, values)))

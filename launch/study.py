@@ -1,0 +1,235 @@
+"""A study: a configuration with the grid of its runs and the rule of its verdict beside it.
+
+A study is a file of experiments/ that has, besides get_config():
+
+    BASELINE = "adamw"                         the arm that others are compared with
+    ARMS = {"adamw": {"optim.lr": [1e-3, 2e-3]}, "sgd": {"optim.name": "sgd"}}
+                                               {arm: {key: value, or a list of values to try}}
+    SEEDS = (0, 1, 2)                          every point of an arm runs with each of them
+    METRIC = "validation/bits_per_byte"        at the last step
+    MARGIN = 0.005                             the least difference in it that counts
+    CLAIMS = {"sgd": "no worse"}               or "better"; left out: every other arm is better
+    HIGHER = False                             whether more of the metric is better; may be left out
+
+and a paragraph of the docstring, `RULE  ...`, that says what `analysis.compare` will compute. No
+jax is needed to read it.
+"""
+
+import dataclasses
+import importlib.util
+import inspect
+import itertools
+import json
+import pathlib
+import re
+import shlex
+from collections.abc import Iterator, Mapping
+
+from analysis.compare import KINDS, Rule
+from analysis.records import leaves
+from analysis.records import read as read_run
+from analysis.studies import lacks
+from launch.config import resolve
+from launch.files import find, load
+from launch.schema import UsageError, spell
+
+NAMED = re.compile(r"\w[\w.]*")
+CONSTANTS = {"BASELINE": str, "ARMS": dict, "SEEDS": tuple, "METRIC": str, "MARGIN": float}
+
+
+@dataclasses.dataclass(frozen=True)
+class Planned:
+    """One run. point: the values taken from lists, as text.  config: what will run, resolved.
+
+    overrides: {key: text}, which make the study's file that configuration.
+    """
+
+    name: str
+    arm: str
+    point: Mapping[str, str]
+    seed: int
+    overrides: Mapping[str, str]
+    config: Mapping
+
+    @property
+    def steps(self) -> int:
+        return self.config["steps"]
+
+
+@dataclasses.dataclass(frozen=True)
+class Study:
+    """path: as given.  title: first line of the docstring.  overrides: of the command line."""
+
+    name: str
+    path: str
+    title: str
+    rule: Rule
+    seeds: tuple[int, ...]
+    overrides: Mapping[str, str]
+    runs: tuple[Planned, ...]
+
+    @property
+    def command(self) -> str:
+        changes = (f"--config.{key}={text}" for key, text in self.overrides.items())
+        return shlex.join(["uv", "run", "sweep", self.path, *changes])
+
+    def record(self) -> dict:
+        """study.json, from which the report is written."""
+        kept = ("arm", "point", "seed", "overrides")
+        runs = {run.name: {key: getattr(run, key) for key in kept} for run in self.runs}
+        own = {"name": self.name, "title": self.title, "command": self.command}
+        return own | {"rule": str(self.rule), "seeds": self.seeds, "runs": runs} | vars(self.rule)
+
+    def arguments(self, run: Planned, workdir: pathlib.Path) -> list[str]:
+        """Of `train`, for one of its runs."""
+        changes = [f"--config.{key}={text}" for key, text in run.overrides.items()]
+        return ["--config", self.path, "--workdir", str(workdir / run.name), *changes]
+
+
+def read(path: str, overrides: Mapping[str, str]) -> Study:
+    """The study in a file with every run's configuration resolved, or UsageError, one sentence."""
+    file = find(path)
+    load(file)  # Says in a sentence what the file raises.
+    said = _constants(file)
+    rule = _rule(file, said)
+    resolve(path, overrides)
+    runs = []
+    for arm, own in said["ARMS"].items():
+        for values, tried in _points(own):
+            runs += _planned(path, overrides, arm, values, tried, said["SEEDS"])
+    names = [run.name for run in runs]
+    if twice := [name for name in names if names.count(name) > 1]:
+        raise UsageError(f"{file}: two runs are called {twice[0]}; make their values differ")
+    title = inspect.cleandoc(said["doc"]).partition("\n")[0]
+    return Study(file.stem, path, title, rule, said["SEEDS"], overrides, tuple(runs))
+
+
+def _constants(file: pathlib.Path) -> dict:
+    spec = importlib.util.spec_from_file_location(f"study_{file.stem}", file)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    said = {"doc": module.__doc__ or "", "HIGHER": getattr(module, "HIGHER", False)}
+    for name, kind in CONSTANTS.items():
+        value = getattr(module, name, None)
+        value = float(value) if kind is float and type(value) is int else value
+        if type(value) is not kind or (kind in (dict, tuple, str) and not value):
+            raise UsageError(
+                f"{file} is not a study: it needs {name}, a {kind.__name__}; launch/study.py says "
+                "what a study holds"
+            )
+        said[name] = value
+    others = {arm: "better" for arm in said["ARMS"] if arm != said["BASELINE"]}
+    return said | {"CLAIMS": getattr(module, "CLAIMS", others)}
+
+
+def _rule(file: pathlib.Path, said: Mapping) -> Rule:
+    """What the constants declare, which the docstring has to say in the same words."""
+    for wrong in _wrong(said):
+        raise UsageError(f"{file}: {wrong}")
+    chosen = (said[name] for name in ("BASELINE", "METRIC", "MARGIN", "CLAIMS", "HIGHER"))
+    rule = Rule(*chosen)
+    paragraphs = (" ".join(part.split()) for part in re.split(r"\n\s*\n", said["doc"]))
+    if f"RULE {rule}" not in paragraphs:
+        raise UsageError(
+            f"{file}: the docstring lacks the rule that will be computed, as a paragraph of its "
+            f"own: RULE {rule}"
+        )
+    return rule
+
+
+def _wrong(said: Mapping) -> Iterator[str]:
+    """What the constants break, in sentences."""
+    arms, base, claims = said["ARMS"], said["BASELINE"], said["CLAIMS"]
+    for arm, own in arms.items():
+        if type(arm) is not str or not NAMED.fullmatch(arm):
+            yield f"arm {arm!r} needs a name of letters, digits, _ and ."
+        elif type(own) is not dict:
+            yield f"arm {arm} is {own!r}, not a dict of keys"
+        elif "seed" in own:
+            yield f"arm {arm} sets seed, which SEEDS does"
+        elif empty := [key for key, values in own.items() if values == []]:
+            yield f"arm {arm} has no value to try for {empty[0]}"
+    if base not in arms:
+        yield f"BASELINE {base!r} is none of the arms {', '.join(map(str, arms))}"
+    if any(type(x) is not int for x in said["SEEDS"]) or len(set(said["SEEDS"])) < len(
+        said["SEEDS"]
+    ):
+        yield f"SEEDS {said['SEEDS']} are not different integers"
+    if said["MARGIN"] < 0:
+        yield f"MARGIN {said['MARGIN']:g} is below 0"
+    if type(claims) is not dict or not claims:
+        yield "there is no claim; CLAIMS is {arm: 'better'} or 'no worse', of arms but the baseline"
+        return
+    for arm, kind in claims.items():
+        if arm not in arms or arm == base:
+            yield f"CLAIMS names {arm!r}, which is no arm beside the baseline"
+        elif kind not in KINDS:
+            yield f"CLAIMS says {kind!r} of {arm}; it may say {' or '.join(map(repr, KINDS))}"
+
+
+def _points(own: Mapping) -> Iterator[tuple[dict, dict]]:
+    """(all values of a point, those of them that come from lists)."""
+    lists = {key: values for key, values in own.items() if isinstance(values, list)}
+    for values in itertools.product(*lists.values()):
+        tried = dict(zip(lists, values, strict=True))
+        yield {**own, **tried}, tried
+
+
+def _planned(
+    path: str, overrides: Mapping[str, str], arm: str, values: Mapping, tried: Mapping, seeds: tuple
+) -> Iterator[Planned]:
+    """The runs of a point, which is resolved once: nothing else depends on the seed."""
+    point = {key: spell(value) for key, value in tried.items()}
+    name = "-".join([arm, *map(_label, point, point.values())])
+    if taken := [key for key in overrides if key in (*values, "seed")]:
+        raise UsageError(f"--config.{taken[0]} is set by the study; change it in {path}")
+    texts = dict(overrides) | {key: spell(value) for key, value in values.items()}
+    try:
+        config = resolve(path, texts)
+    except UsageError as error:
+        raise UsageError(f"run {name}: {error}") from None
+    found = dict(leaves(config))
+    if changed := [key for key, value in values.items() if found[key] != value]:
+        raise UsageError(f"run {name}: {changed[0]} cannot be {values[changed[0]]!r}")
+    for seed in seeds:
+        own = {"seed": seed}
+        full = texts | {"seed": str(seed)}
+        yield Planned(f"{name}-seed={seed}", arm, point, seed, full, config | own)
+
+
+def _label(key: str, text: str) -> str:
+    """`lr=0.004` of optim.lr, in characters that a folder's name may have."""
+    return re.sub(r"[^\w.,=+-]", "_", f"{key.rpartition('.')[2]}={text}")
+
+
+def finished(study: Study, run: Planned, workdir: pathlib.Path) -> bool:
+    """Whether the run has ended in its folder.
+
+    Raises UsageError: the folder holds a run of another configuration, or one without the metric.
+    """
+    record = read_run(workdir / run.name)
+    if record is None:
+        return False
+    for header in record.headers:
+        if _plain(run.config) != header["config"]:
+            raise UsageError(f"{workdir / run.name} {_another(run, header)}")
+    if record.ended and study.rule.metric not in record.last:
+        raise UsageError(f"{workdir / run.name} {lacks(record, study.rule.metric)}")
+    return record.ended
+
+
+def _another(run: Planned, header: Mapping) -> str:
+    new = dict(leaves(_plain(run.config)))
+    old = dict(leaves(header["config"]))
+    keys = [key for key in new | old if new.get(key, ...) != old.get(key, ...)]
+    told = [f"{key} {old.get(key)!r}, now {new.get(key)!r}" for key in keys[:3]]
+    more = f" and {len(keys) - 3} more" if len(keys) > 3 else ""
+    return (
+        f"holds a run of another configuration ({', '.join(told)}{more}); undo that, delete the "
+        "folder, or choose another --workdir"
+    )
+
+
+def _plain(config: Mapping) -> dict:
+    """As a header gives it back: tuples have become lists."""
+    return json.loads(json.dumps(config))
