@@ -27,7 +27,9 @@ class Log:
     """The log of one run, in `<workdir>/metrics.jsonl` and `<workdir>/tb`.
 
     restored_step: on resume, everything after it is cut away; None starts over and replaces what
-    an earlier run without a checkpoint has left. enabled: False does nothing (hosts but one).
+    an earlier run without a checkpoint has left. scored_again: nothing is left but to score that
+    step, so that a score of it that is there already is cut away too. enabled: False does nothing
+    (hosts but one).
     Every line and event reaches the operating system before the call returns.
     """
 
@@ -37,6 +39,7 @@ class Log:
         header: dict[str, Any],
         restored_step: int | None = None,
         *,
+        scored_again: bool = False,
         enabled: bool = True,
     ):
         self._file = self._events = None
@@ -49,7 +52,7 @@ class Log:
         workdir.mkdir(parents=True, exist_ok=True)
         last = -1 if restored_step is None else restored_step
         path, folder = workdir / "metrics.jsonl", workdir / "tb"
-        _cut(path, last, header)
+        _cut(path, last, header, scored_again)
         events.cut(folder, last)
         self._file = open(path, "a", encoding="utf-8")  # noqa: SIM115 (closed by close)
         self._events = events.EventFile(folder, last + 1)
@@ -129,10 +132,12 @@ def _lines(path: pathlib.Path) -> list[dict[str, Any]]:
     return found
 
 
-def _cut(path: pathlib.Path, last: int, header: dict[str, Any]) -> None:
-    """Rewrites the file, atomically, without the steps after `last`."""
+def _cut(path: pathlib.Path, last: int, header: dict[str, Any], scored_again: bool) -> None:
+    """Rewrites the file, atomically, without the steps after `last`, and perhaps its score."""
     kept = _lines(path) if last >= 0 and path.is_file() else []
     kept = [row for row in kept if row.get("step", row.get("resumed", -1)) <= last]
+    if scored_again:
+        kept = [row for row in kept if row.get("step") != last or "loss" in row]
     added = {"resumed": last, "header": header} if kept else {"header": header}
     temporary = path.with_suffix(".tmp")
     temporary.write_text("".join(map(_line, [*kept, added])), encoding="utf-8")

@@ -35,7 +35,9 @@ class Watch:
         self._tokens, self._position = to_int(state.tokens), to_int(state.position)
         self._started = time.perf_counter()
         leader = job.hosts.leader
-        self.log = Log(job.workdir, dict(job.header), first or None, enabled=leader)
+        ended = first >= job.config["steps"]
+        own = dict(scored_again=ended, enabled=leader)
+        self.log = Log(job.workdir, dict(job.header), first or None, **own)
         self.clock = Clock()
         self.bar = bar(total=job.config["steps"], initial=first, unit="step", disable=not leader)
 

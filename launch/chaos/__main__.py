@@ -21,6 +21,10 @@ start must go on from the newest; at the end parameters, optimizer and counters 
 reference. Where that does not hold it exits with 1 and keeps all folders. The small configuration
 that is trained changes by --config.KEY=VALUE."""
 FLAGS = {
+    "workdir": Key(
+        *(str, None, True, ()),
+        "a new folder for all runs; none is a temporary one, which stays if something is wrong",
+    ),
     "config": Key(str, None, True, (), "another experiment than the small one that is built in"),
     "kills": Key(int, 100, False, (), "how many"),
     "seed": Key(int, 0, False, (), "of the moments"),

@@ -11,8 +11,9 @@ from collections.abc import Iterator, Mapping
 LOG = "metrics.jsonl"
 MANIFEST = "manifest.jsonl"
 COMMITTED = "commit_success.txt"  # Orbax's mark
-SAVING = re.compile(r"(\d+)\.(saving|orbax-checkpoint-tmp).*")
-REMOVED = re.compile(r"\d+\.removed-\w+")
+SAVING = re.compile(r"(\d+)\.saving(\..*)?")  # longer while Orbax writes
+REMOVED = re.compile(r"(\d+)\.removed-\w+")
+STAGES = ("save", "seal", "removal")
 # A name in the folder of checkpoints with inode and time of change: what a life left untouched.
 Place = tuple[str, int, int]
 
@@ -21,8 +22,9 @@ class Marks:
     """The first step of a life, its last one, and its saves, with the time at which each was seen.
 
     resumed: the step that the life began from, None until its log is open.  logged: the last step
-    of which this life has logged the loss.  saves: {step: when its save was first seen}.
-    seconds: {step: from then until its checkpoint was finished}.
+    of which this life has logged the loss.  seen: {stage: {step: when it was first seen}} of
+    STAGES: a save, its files that Orbax has finished, the removal of an old checkpoint.
+    seconds: the same, from then until the save was finished or the old checkpoint gone.
     """
 
     def __init__(self, workdir: pathlib.Path, steps: int):
@@ -32,8 +34,8 @@ class Marks:
         self._file, self._rest = None, b""
         self._left = set(_places(self._checkpoints))
         self.resumed = self.logged = self.first_at = self.last_at = None
-        self.saves: dict[int, float] = {}
-        self.seconds: dict[int, float] = {}
+        self.seen: dict[str, dict[int, float]] = {stage: {} for stage in STAGES}
+        self.seconds: dict[str, dict[int, float]] = {stage: {} for stage in STAGES}
         self.changed_at = time.monotonic()
 
     def look(self, now: float) -> None:
@@ -67,11 +69,15 @@ class Marks:
 
     def _look_at_saves(self, now: float) -> None:
         there = list(_places(self._checkpoints))
-        for place in there:
-            if place not in self._left and (saving := SAVING.fullmatch(place[0])):
-                self.saves.setdefault(int(saving[1]), now)
-        for step in set(_steps(there)) & self.saves.keys() - self.seconds.keys():
-            self.seconds[step] = now - self.saves[step]
+        stages = [(place, _stage(place[0])) for place in there if place not in self._left]
+        for place, found in stages:
+            for stage in found:
+                self.seen[stage].setdefault(_step(place[0]), now)
+        going = {_step(place[0]) for place, found in stages if "removal" in found}
+        over = {"save": set(_steps(there)), "removal": self.seen["removal"].keys() - going}
+        for stage, steps in (over | {"seal": over["save"]}).items():
+            for step in steps & self.seen[stage].keys() - self.seconds[stage].keys():
+                self.seconds[stage][step] = now - self.seen[stage][step]
 
     def _inode(self) -> int | None:
         try:
@@ -95,6 +101,19 @@ def _places(folder: pathlib.Path) -> Iterator[Place]:
         except FileNotFoundError:  # renamed or removed since
             continue
         yield entry.name, stat.st_ino, stat.st_mtime_ns
+
+
+def _stage(name: str) -> tuple[str, ...]:
+    """Of STAGES, what a name among the checkpoints says to be under way."""
+    if REMOVED.fullmatch(name):
+        return ("removal",)
+    if not (saving := SAVING.fullmatch(name)):
+        return ()
+    return ("save",) if saving[2] else ("save", "seal")
+
+
+def _step(name: str) -> int:
+    return int(name.partition(".")[0])
 
 
 def _steps(places: list[Place]) -> list[int]:
@@ -127,10 +146,9 @@ def look(workdir: pathlib.Path) -> Sight:
 
 def _half(path: pathlib.Path) -> str | None:
     """What was under way with a folder that is not, or no longer, a finished checkpoint."""
-    if REMOVED.fullmatch(path.name):
-        return "save, retention"
-    if not SAVING.fullmatch(path.name):
-        return None
+    stage = _stage(path.name)
+    if not stage or "removal" in stage:
+        return "save, retention" if stage else None
     if (path / MANIFEST).is_file():
         return "save, naming"
     return "save, no manifest" if (path / COMMITTED).is_file() else "save, writing"

@@ -11,13 +11,13 @@ from launch.chaos.evidence import Marks
 from launch.chaos.verdict import Violation
 from launch.chaos.victim import Life
 
-# What a moment is aimed at, and how often.
-AIMS = {"life": 6 / 9, "start": 1 / 9, "save": 2 / 9}
+# What a moment is aimed at, and how often. A save's last stages are short and seldom hit by chance.
+AIMS = {"life": 0.6, "start": 0.1, "save": 0.1, "seal": 0.1, "removal": 0.1}
 FRESH = {"life": 1 / 3, "start": 2 / 3}  # Of a run's first life, which compiles.
 SPARED = 1 / 3  # of the lives that reach the last step
-SAVES = 3  # the latest save of a life that is aimed at
+SAVES = 3  # the latest of a life that is aimed at
 PERIODS = 6  # periods of saving within which a life is killed
-BEYOND = 1.25  # of a save's length, so that what follows a save is hit too
+BEYOND = 1.25  # of a stage's length, so that what follows is hit too
 POLL = 0.001  # seconds
 STALL = 900.0  # seconds without any sign of life
 
@@ -26,8 +26,8 @@ STALL = 900.0  # seconds without any sign of life
 class Moment:
     """aim: of AIMS.  part: from 0 to 1, of the span that the aim has.
 
-    saves: for the aim 'save', which save of the life.  end: the part of the run's end at which a
-    life is killed that reaches the end before its moment; None spares it.
+    saves: for the stages of a save, which one of the life.  end: the part of the run's end at which
+    a life is killed that reaches the end before its moment; None spares it.
     """
 
     aim: str
@@ -49,15 +49,15 @@ def draw(random: random.Random, fresh: bool) -> Moment:
 class Spans:
     """Seconds. cold, warm: from the start to the first step, compiling and of the lives after.
 
-    life: within which moments are drawn.  save: from its first sign until a checkpoint is finished.
-    end: from the last step to the end of the process.
+    life: within which moments are drawn.  end: from the last step to the end of the process.
+    stages: how long each stage of a save goes on.
     """
 
     cold: float
     warm: list[float]
     life: float
-    save: float
     end: float
+    stages: Mapping[str, float]
 
     def start(self, fresh: bool) -> float:
         return self.cold if fresh or not self.warm else statistics.median(self.warm)
@@ -68,9 +68,8 @@ def measured(marks: Marks, began: float, ended: float, config: Mapping) -> Spans
     rate = (marks.last_at - marks.first_at) / max(1, config["steps"] - 1)
     # A run that saves at its end alone is killed anywhere in it.
     period = rate * (config["train"]["save_every"] or config["steps"] / PERIODS)
-    save = statistics.median(marks.seconds.values()) if marks.seconds else 0.0
-    end = ended - marks.last_at
-    return Spans(marks.first_at - began, [], PERIODS * period, save, end)
+    stages = {name: statistics.median(s.values()) for name, s in marks.seconds.items() if s}
+    return Spans(marks.first_at - began, [], PERIODS * period, ended - marks.last_at, stages)
 
 
 def due(moment: Moment | None, marks: Marks, began: float, spans: Spans, fresh: bool) -> float:
@@ -81,10 +80,11 @@ def due(moment: Moment | None, marks: Marks, began: float, spans: Spans, fresh: 
         return began + moment.part * spans.start(fresh)
     if marks.last_at is not None:
         return math.inf if moment.end is None else marks.last_at + moment.end * spans.end
-    if moment.aim == "save":
-        if len(marks.saves) < moment.saves:
+    if moment.aim in marks.seen:
+        seen = sorted(marks.seen[moment.aim].values())
+        if len(seen) < moment.saves:
             return math.inf
-        return sorted(marks.saves.values())[moment.saves - 1] + moment.part * BEYOND * spans.save
+        return seen[moment.saves - 1] + moment.part * BEYOND * spans.stages.get(moment.aim, 0.0)
     return math.inf if marks.first_at is None else marks.first_at + moment.part * spans.life
 
 

@@ -93,20 +93,45 @@ def test_arrays_are_compared_to_the_last_bit(other, said):
 
 
 def test_moments_wait_for_what_they_are_aimed_at():
-    marks, spans = Marks(pathlib.Path("/nowhere"), 100), moments.Spans(10.0, [4.0], 5.0, 0.4, 2.0)
+    marks, spans = (
+        Marks(pathlib.Path("/nowhere"), 100),
+        moments.Spans(10.0, [4.0], 5.0, 2.0, {"seal": 0.4}),
+    )
     due = lambda aim, end=None: moments.due(
         moments.Moment(aim, 0.5, 2, end), marks, began=1000.0, spans=spans, fresh=False
     )
-    assert (due("start"), due("life"), due("save")) == (1002.0, math.inf, math.inf)
-    marks.first_at, marks.saves = 1004.0, {20: 1005.0}
-    assert (due("life"), due("save")) == (1006.5, math.inf)
-    marks.saves[40] = 1006.0
-    assert due("save") == 1006.0 + 0.5 * moments.BEYOND * 0.4
+    assert (due("start"), due("life"), due("seal")) == (1002.0, math.inf, math.inf)
+    marks.first_at, marks.seen["seal"] = 1004.0, {20: 1005.0}
+    assert (due("life"), due("seal")) == (1006.5, math.inf)
+    marks.seen["seal"][40] = 1006.0
+    assert due("seal") == 1006.0 + 0.5 * moments.BEYOND * 0.4
+    assert due("removal") == math.inf
     marks.last_at = 1009.0
-    assert (due("life"), due("save", 0.25)) == (math.inf, 1009.5)
+    assert (due("life"), due("seal", 0.25)) == (math.inf, 1009.5)
     drawn = [moments.draw(random.Random(k), fresh=False) for k in range(300)]
     assert {moment.aim for moment in drawn} == set(moments.AIMS)
     assert drawn == [moments.draw(random.Random(k), fresh=False) for k in range(300)]
+
+
+def test_stages_of_a_save_are_timed(tmp_path):
+    folder = tmp_path / "checkpoints"
+    (folder / "20.saving").mkdir(parents=True)  # which another life has left
+    marks = Marks(tmp_path, 100)
+    renamed = [
+        ("40.saving.orbax-checkpoint-tmp", 1.0),
+        ("40.saving", 3.0),
+        ("40", 4.0),
+        ("40.removed-0f", 8.0),
+        ("away", 8.5),
+    ]
+    path = folder / "20"
+    path.mkdir()
+    for name, now in renamed:
+        path = path.rename(folder / name)
+        marks.look(now)
+        marks.look(now + 0.25)
+    assert marks.seen == {"save": {40: 1.0}, "seal": {40: 3.0}, "removal": {40: 8.0}}
+    assert marks.seconds == {"save": {40: 3.0}, "seal": {40: 1.0}, "removal": {40: 0.5}}
 
 
 def test_phases_are_read_from_what_is_left(tmp_path):
@@ -115,7 +140,7 @@ def test_phases_are_read_from_what_is_left(tmp_path):
         {"train": {"keep": 1, "keep_every": None, "eval_every": 50}},
     )
     (folder / "20").mkdir(parents=True)
-    (folder / "40.saving.orbax-checkpoint-tmp-1").mkdir()
+    (folder / "40.saving.orbax-checkpoint-tmp").mkdir()
     before = evidence.look(tmp_path)
     assert (before.steps, list(before.halves.values())) == ((20,), ["save, writing"])
     marks = Marks(tmp_path, 100)

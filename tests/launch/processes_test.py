@@ -195,7 +195,8 @@ def test_one_becomes_two_and_the_death_of_the_first_is_named(start, whole, tmp_p
 
 def test_four_save_together_and_the_death_of_another_is_named(start, tmp_path):
     four, one = tmp_path / "four", tmp_path / "one"
-    processes = start(four, 4, 1, train__save_every=2)
+    silent = {"data__sources__stdlib__holdout": 0}  # No evaluation is compiled.
+    processes = start(four, 4, 1, train__save_every=2, **silent)
     processes.wait_for_step(5)
     processes[2].kill()
     found, seconds = processes.ends(2)
@@ -207,8 +208,8 @@ def test_four_save_together_and_the_death_of_another_is_named(start, tmp_path):
     with Checkpoints(four) as checkpoints:
         saved = checkpoints.latest()
     assert any(said.endswith(f"same command to go on from step {saved}") for *_, said in found)
-    alone(start, four, 4, saved + 2)
-    alone(start, one, 4, saved + 2)
+    alone(start, four, 4, saved + 2, **silent)
+    alone(start, one, 4, saved + 2, **silent)
     mine, its = computed(four), computed(one)
     assert mine.keys() == its.keys() == set(range(1, saved + 3))
     for step, row in its.items():

@@ -245,6 +245,15 @@ def test_facts_are_compared(circle):
     assert ring.left == {}
 
 
+def test_process_0_may_leave_at_once_when_facts_differ(circle):
+    """The end of its connection is read before the main thread has woken up."""
+    ring = circle(2, started=[1])
+    ring.hosts[0]._tell("compared", error="they differ")
+    ring.end(0)
+    time.sleep(0.3)
+    assert ring.left == {}
+
+
 def test_up_to_three_differences_of_one_process_are_named():
     facts = {0: {k: 1 for k in "abcd"}, 1: {k: 1 for k in "abcd"}, 2: {k: 2 for k in "bcde"}}
     assert differing(facts, ["A", "B", "C"], "mend it") == (

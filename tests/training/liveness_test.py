@@ -43,6 +43,12 @@ def test_one_that_is_behind_is_named_within_a_minute_with_its_phase():
     assert BEHIND < when - 51 < MINUTE
 
 
+def test_one_that_is_always_a_little_behind_is_not_named():
+    assert (
+        run(Pulse(range(2), 0.0, Limits()), 300, lambda now: {0: at(now + 1), 1: at(now)}) is None
+    )
+
+
 def test_all_equally_far_is_a_long_step():
     assert run(Pulse(range(2), 0.0, Limits()), 1000, lambda now: {0: at(7), 1: at(7)}) is None
 

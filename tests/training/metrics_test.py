@@ -107,6 +107,19 @@ def test_resume_twice_and_further_back(tmp_path):
     assert board(tmp_path)["loss"] == [(step, float(step)) for step in range(1, 6)]
 
 
+def test_a_last_step_that_is_scored_again_is_scored_once(tmp_path):
+    with Log(tmp_path, HEADER) as log:
+        write(log, [1, 2])
+        log.write(1, 10, {"validation/loss": 3.0})
+        log.write(2, 20, {"validation/loss": 2.0})
+    Log(tmp_path, HEADER, 2).close()
+    assert len(read(tmp_path / "metrics.jsonl")[1]) == 4
+    Log(tmp_path, HEADER, 2, scored_again=True).close()
+    rows = read(tmp_path / "metrics.jsonl")[1]
+    scored = [row["step"] for row in rows if "validation/loss" in row]
+    assert (scored, [row["step"] for row in rows if "loss" in row]) == ([1], [1, 2])
+
+
 def test_a_board_that_is_running_forgets_too(tmp_path):
     with Log(tmp_path, HEADER) as log:
         write(log, range(1, 6))

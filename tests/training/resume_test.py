@@ -120,6 +120,18 @@ def test_flags_are_asked_for_by_what_changed():
     assert " and 3 more)" in refusal(many, set())
 
 
+def test_a_run_that_was_killed_before_its_end_was_noted_logs_it_once(root, tmp_path):
+    built = tiny.setup(root)
+    logged = []
+    with jax.set_mesh(built.mesh):
+        for _ in range(2):
+            (tmp_path / "final.json").unlink(missing_ok=True)
+            loop.run(tiny.run(built, tmp_path, steps=2))
+            rows = metrics.read(tmp_path / "metrics.jsonl")[1]
+            logged.append([(row["step"], row.get("validation/loss")) for row in rows])
+    assert logged[0] == logged[1]
+
+
 def test_a_larger_batch_goes_on_where_the_smaller_one_stopped(finished, root, tmp_path):
     """Rows and tokens are counted on, not multiplied anew."""
     small = tiny.setup(root)

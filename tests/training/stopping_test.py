@@ -15,7 +15,8 @@ class Simulation:
     """Processes that run steps, which need each other, and exchange messages first in first out.
 
     ahead: how many steps a process may be ahead of one that has not begun them: devices compute
-    while the host goes on.  seconds(process, step), delay(): drawn.  wants: {process: from when}.
+    while the host goes on.  seconds(process): of a step, drawn.  delay(source, target): of a
+    message, drawn.  wants: {process: from when}.
     """
 
     def __init__(self, processes, first, last, ahead, seconds, delay, wants):
@@ -37,7 +38,7 @@ class Simulation:
         heapq.heappush(self.queue, (self.now + seconds, next(self.order), act, args))
 
     def send(self, source, target, act, *args):
-        at = self.now if source == target else self.now + self.delay()
+        at = self.now if source == target else self.now + self.delay(source, target)
         at = self.arrives[source, target] = max(at, self.arrives.get((source, target), 0.0))
         self.later(at - self.now, act, target, *args)
 
@@ -118,7 +119,7 @@ def test_all_stop_at_one_step_or_all_run_to_the_end(
     last, random = first + steps, Random(seed)
     done = Simulation(
         processes, first, last, ahead, lambda p: random.expovariate(1),
-        lambda: random.expovariate(1 / slow), wanting,
+        lambda *_: random.expovariate(1 / slow), wanting,
     ).run()  # fmt: skip
     assert not done.held
     assert not done.waiting
@@ -131,25 +132,40 @@ def test_all_stop_at_one_step_or_all_run_to_the_end(
         assert set(done.begun) == {last + 1}
 
 
+@pytest.mark.parametrize("first", [0, 100_000])
 @pytest.mark.parametrize("slow", [0.01, 1.0, 1000.0])
-def test_a_run_without_end_is_stopped(slow):
-    """Also if a thousand steps go by while a message travels."""
+def test_a_long_run_is_stopped(slow, first):
+    """Also with its first step, and if a thousand steps go by while a message travels."""
     random = Random(1)
     done = Simulation(
-        4, 0, 10**9, 1, lambda p: random.expovariate(1), lambda: random.expovariate(1 / slow),
-        {2: 5.0},
+        4, first, first + 20_000, 1, lambda p: random.expovariate(1),
+        lambda *_: random.expovariate(1 / slow), {2: 0.0},
     ).run()  # fmt: skip
     assert set(done.stopped) == {0, 1, 2, 3}
     (step,) = set(done.stopped.values())
-    assert step < 20 + 10 * slow
+    assert first < step < first + 20 + 10 * slow
+
+
+def test_one_that_hears_late_is_caught_up_with():
+    """The others go on with each proposal long before it hears of it, and so does it."""
+    delay = lambda source, target: 50.0 if target == 2 else 0.01
+    done = Simulation(3, 0, 2_000, 1, lambda p: 1.0, delay, {0: 5.0}).run()
+    assert set(done.stopped) == {0, 1, 2}
+    assert max(done.stopped.values()) < 500
 
 
 def test_one_process_stops_with_the_step_under_way():
-    done = Simulation(1, 4, 50, 0, lambda p: 1.0, lambda: 0.0, {0: 2.5}).run()
+    done = Simulation(1, 4, 50, 0, lambda p: 1.0, lambda *_: 0.0, {0: 2.5}).run()
     assert done.stopped == {0: 7}
 
 
+def test_the_first_step_of_a_resumed_run_may_be_the_last():
+    """All are asked to stop there before any of them has told how far it is."""
+    done = Simulation(3, 500, 600, 1, lambda p: 1.0 + p, lambda *_: 0.01, {0: 0.0}).run()
+    assert done.stopped == dict.fromkeys(range(3), 501)
+
+
 def test_without_a_wish_nobody_waits():
-    done = Simulation(3, 0, 20, 0, lambda p: 1.0, lambda: 1.0, {}).run()
+    done = Simulation(3, 0, 20, 0, lambda p: 1.0, lambda *_: 1.0, {}).run()
     assert done.stopped == {}
     assert done.now == 20.0
