@@ -5,6 +5,7 @@ import os
 import pathlib
 import shlex
 import shutil
+import signal
 import sys
 import tempfile
 import time
@@ -47,6 +48,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     except UsageError as error:
         print(f"chaos: {error}", file=sys.stderr)
         raise SystemExit(2) from None
+    # As Ctrl-C does: a life left behind would train on.
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
     started = victim.Victim(config, folder / "lives", parsed.flags.processes, environ)
     status = _run(started, folder, parsed.flags, shlex.join(["uv", "run", "chaos", *argv]))
     if status == 0 and parsed.flags.workdir is None:

@@ -13,6 +13,7 @@ from launch import port, roll, rollcall
 from launch.port import PortError
 from launch.roll import FIXES, RollCallError
 from launch.rollcall import Place
+from training import watchdog
 from training.follower import Follower
 from training.leader import Leader
 
@@ -31,6 +32,7 @@ def fast(monkeypatch):
         (roll, "LATE", 0.3),
         (rollcall, "LOOKING", 0.5),
         (roll, "PAUSE", 0.05),
+        (watchdog, "BEAT", 0.05),
         (port, "PAUSE", 0.05),
     ):
         monkeypatch.setattr(module, name, seconds)
@@ -46,11 +48,14 @@ def free():
 
 @pytest.fixture
 def meet(tmp_path):
-    """meet(place, ...): what each call gave or raised, made at once; places may be callables."""
+    """meet((place, options), ..): what each call gave or raised, all made at once.
+
+    first(): called before, in the thread of that call.
+    """
     hosts = []
 
-    def call(place, facts=FACTS, workdir=tmp_path, note=lambda text: None, after=0.0):
-        time.sleep(after)
+    def call(place, facts=FACTS, workdir=tmp_path, note=lambda text: None, first=lambda: None):
+        first()
         made = rollcall.call(place, facts, workdir, note, leave=lambda *how: None)
         hosts.append(made)
         return made
@@ -89,7 +94,7 @@ def places(port, count, *indices, seconds=20.0, host=HOST):
 
 
 def called(*places, **each):
-    """Calls with options; each=(index, {option: value}) changes one of them."""
+    """Calls with options, {name: value} for the one at 0, 1, .."""
     return [(place, each.get(f"at{i}", {})) for i, place in enumerate(places)]
 
 
@@ -120,7 +125,7 @@ def test_names_of_this_machine(free, meet, host):
 
 
 def test_process_0_may_come_last(free, meet):
-    leader, follower = meet(*called(*places(free, 2), at0={"after": 0.5}))
+    leader, follower = meet(*called(*places(free, 2), at0={"first": lambda: time.sleep(0.3)}))
     assert (type(leader), type(follower)) == (Leader, Follower)
 
 
@@ -133,8 +138,8 @@ def test_what_differs_is_named_with_both_values_and_hosts(free, meet, section):
 
 
 def test_a_host_that_never_comes_is_named(free, meet):
-    results = meet(*called(*places(free, 4, 0, 2, seconds=0.6)))
-    at = f"hosts 1, 3 of 4 did not come to {HOST}:{free} in 1 seconds; "
+    results = meet(*called(*places(free, 4, 0, 2, seconds=0.4)))
+    at = f"hosts 1, 3 of 4 did not come to {HOST}:{free} in 0 seconds; "
     same_sentence(results, at, "--process=1", "--roll_call_seconds")
 
 
@@ -157,8 +162,8 @@ def test_who_is_missing_is_noted_on_all(free, meet, monkeypatch):
 def test_numbers_that_do_not_fit(free, meet, second, parts):
     first, other = places(free, 2)
     if "index" in second:  # Both would be process 0.
-        first = dataclasses.replace(first, seconds=1.0)
-        results = meet((first, {}), (first, {"after": 0.5}))
+        first = dataclasses.replace(first, seconds=0.6)
+        results = meet((first, {}), (first, {"first": lambda: time.sleep(0.3)}))
         assert sorted(str(result).partition(" ")[0] for result in results) == ["host", "port"]
         return
     same_sentence(meet((first, {}), (dataclasses.replace(other, **second), {})), *parts)
@@ -167,16 +172,20 @@ def test_numbers_that_do_not_fit(free, meet, second, parts):
 def test_a_number_given_twice_is_told_also_to_those_who_come_late(free, meet, monkeypatch):
     monkeypatch.setattr(roll, "LATE", SOON)
     first, second, late = places(free, 3)
-    results = meet((first, {}), (second, {}), (second, {"after": 0.3}), (late, {"after": 1.0}))
+    wait = lambda seconds: {"first": lambda: time.sleep(seconds)}
+    results = meet((first, {}), (second, {}), (second, wait(0.2)), (late, wait(0.6)))
     same_sentence(results, f"host 1 ({ME}) is here twice (host 1 ({ME}))", "own --process")
 
 
 def test_another_version_of_the_messages(free, meet, monkeypatch):
     """The second process takes another number while the first waits."""
     first, second = places(free, 2)
-    later = threading.Timer(0.4, lambda: monkeypatch.setattr(rollcall, "FORMAT", 2))
-    later.start()
-    same_sentence(meet((first, {}), (second, {"after": 0.8})), "run different versions")
+
+    def update():
+        time.sleep(0.4)
+        monkeypatch.setattr(rollcall, "FORMAT", 2)
+
+    same_sentence(meet((first, {}), (second, {"first": update})), "run different versions")
 
 
 def test_a_folder_that_is_not_shared(free, meet, tmp_path):
@@ -256,16 +265,14 @@ def test_somebody_else_answers(free, meet, says):
 
 def test_strangers_at_the_port_are_let_go(free, meet):
     def knock():
-        time.sleep(0.3)
         for said in (b"GET / HTTP/1.1\r\n\r\n", b'{"kind": "other"}\n', b"", b"\xff\n"):
-            with socket.create_connection((HOST, free)) as stranger:
+            with port.connect(HOST, free, SOON, SOON, lambda text: None) as stranger:
                 stranger.sendall(said)
                 stranger.settimeout(SOON)
                 while stranger.recv(100):
                     pass
 
-    threading.Thread(target=knock, daemon=True).start()
-    found = meet(*called(*places(free, 2), at1={"after": 2.5}))
+    found = meet(*called(*places(free, 2), at1={"first": knock}))
     assert [type(host) for host in found] == [Leader, Follower]
 
 

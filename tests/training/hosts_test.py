@@ -96,6 +96,8 @@ def circle():
         for host in one.hosts:
             with host._changed:
                 host._close()
+            if host._watchdog.is_alive():
+                host._watchdog.join(SOON)
         for its in itertools.chain(*one.sockets.values()):
             its.close()
 
