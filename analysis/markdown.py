@@ -18,6 +18,7 @@ def markdown(summary: Mapping) -> str:
     """The report of `analysis.summary.summarise`."""
     declared, study = summary["declared"], summary["study"]
     better = "higher" if declared["higher"] else "lower"
+    numbers = listed(declared["seeds"])
     seeds = [f"seed {seed}" for seed in declared["seeds"]]
     blocks = [
         f"# {study}",
@@ -29,7 +30,7 @@ def markdown(summary: Mapping) -> str:
         table(("claim", "n", "mean difference", "95% interval", "verdict"), _claims(summary)),
         f"![{declared['metric']} of every arm]({study}.png)",
         "## Arms",
-        f"{declared['metric']} at the last step, over {len(seeds)} seeds; {better} is better.",
+        f"{declared['metric']} at the last step, seeds {numbers}; {better} is better.",
         table(("arm", "point", "n", "mean", "sd", "range", "seconds a run"), _arms(summary)),
         *_notes(summary),
         "## Differences by seed",

@@ -89,7 +89,8 @@ def _values(axes, summary: Mapping, styles: Mapping) -> None:
     axes.set_ylim(len(styles) - 0.5, -0.7)
     axes.margins(x=0.12)
     axes.grid(axis="x", color=QUIET, alpha=0.3, lw=0.6)
-    axes.set_title("at the end: seeds, range, mean", fontsize=9, loc="left", color=INK)
+    of = " of all rows" if summary["scored_rows"] else ""
+    axes.set_title(f"at the end{of}: seeds, range, mean", fontsize=9, loc="left", color=INK)
     axes.set_xlabel(_words(summary["declared"]["metric"]))
 
 

@@ -64,6 +64,7 @@ def meet(tmp_path):
     for host in hosts:
         with host._changed:
             host._close()
+    for host in hosts:
         host._watchdog.join(SOON)
 
 

@@ -112,7 +112,7 @@ def start(tmp_path):
         process.communicate()
 
 
-def wait(condition, seconds=60):
+def wait(condition, seconds=120):
     until = time.monotonic() + seconds
     while not condition():
         assert time.monotonic() < until

@@ -96,6 +96,7 @@ def circle():
         for host in one.hosts:
             with host._changed:
                 host._close()
+        for host in one.hosts:
             if host._watchdog.is_alive():
                 host._watchdog.join(SOON)
         for its in itertools.chain(*one.sockets.values()):
@@ -163,7 +164,7 @@ def test_where_the_run_can_go_on(circle, saved, end):
 @pytest.mark.parametrize("victim", [0, 1])
 def test_a_process_that_says_nothing_is_named(circle, victim):
     others = [i for i in range(3) if i != victim]
-    ring = circle(3, Limits(silent=1.0), started=others)
+    ring = circle(3, Limits(silent=0.6), started=others)
     for status, text in ring.wait(*others):
         assert status == LOST
         assert text.startswith(f"{ring.names[victim]} has given no sign of life for 1 seconds ")
@@ -293,7 +294,7 @@ def test_each_process_tells_how_long_its_steps_and_its_input_take(circle):
     def loop(host):
         def batches():
             for number in itertools.count():
-                time.sleep(slow[host.index] if number else 1.0)  # The first step does not count.
+                time.sleep(slow[host.index] if number else 0.5)  # The first step does not count.
                 yield number
 
         fed = host.fed(batches())
@@ -310,7 +311,7 @@ def test_each_process_tells_how_long_its_steps_and_its_input_take(circle):
     assert list(times) == names
     step0, step1, input0, input1 = times.values()
     assert 0.02 <= step0 < step1
-    assert 0.0 <= input0 < 0.04 <= input1 < 0.5
+    assert 0.0 <= input0 < 0.04 <= input1 < 0.4
     assert input1 + 0.02 <= step1
 
 
