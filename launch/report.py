@@ -18,11 +18,13 @@ def opening(setup: Setup, header: Mapping, folder: pathlib.Path) -> str:
     """One paragraph on what is about to run."""
     counts, device, data = header["parameters"], header["device"], setup.data
     config = setup.config
+    devices = f"{device['count']} x {device['kind']}"
+    devices += f" of {header['hosts']} processes" if header["hosts"] > 1 else ""
     rows, length = config["data"]["batch_size"], config["data"]["length"]
     return (
         f"{counts['total']:,} parameters ({counts['without_embeddings']:,} without embeddings) on "
-        f"{device['count']} x {device['kind']}; {config['steps']:,} steps of {rows} x {length} = "
-        f"{rows * length:,} tokens from {_corpus(data)}{_mixture(data)}; {folder}"
+        f"{devices}; {config['steps']:,} steps of {rows} x {length} = {rows * length:,} tokens "
+        f"from {_corpus(data)}{_mixture(data)}; {folder}"
     )
 
 

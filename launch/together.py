@@ -23,7 +23,7 @@ from launch.files import ROOT
 from launch.port import is_loopback
 from launch.rollcall import Place
 from launch.setup import explain
-from training.hosts import Alone, Hosts, TogetherError
+from training.hosts import Alone, Hosts, TogetherError, end
 from training.liveness import Limits
 from training.metrics import dotted
 
@@ -170,7 +170,7 @@ def _part(hosts: Hosts, error: BaseException) -> None:
     _after(SHUTDOWN, status)
     sys.stdout.flush()
     sys.stderr.flush()
-    os._exit(status)  # What JAX does at an exit waits for the others.
+    end(status)  # What JAX does at an exit waits for the others.
 
 
 def _after(seconds: float, status: int) -> None:

@@ -6,7 +6,9 @@ watchdog thread in each process speaks and listens, whatever its main thread or 
 """
 
 import collections
+import contextlib
 import functools
+import multiprocessing
 import os
 import threading
 import time
@@ -205,22 +207,33 @@ class Hosts:
         # One that hangs keeps its port and its lock.
         again = again if what == "died" else f"end it there, then {again}"
         found: list[Sequence[int]] = []
-        if self._saved is not None:
-            # The file system may be what hangs.
-            look = threading.Thread(target=lambda: found.append(self._saved()), daemon=True)
-            look.start()
-            look.join(LOOKING)
+        # The file system may be what hangs.
+        look = threading.Thread(target=self._look, args=(found,), daemon=True)
+        look.start()
+        look.join(LOOKING)
         if not found:
             return again
         (steps,) = found
         return f"{again} to go on from step {steps[-1]}" if steps else f"{again} to begin anew"
 
+    def _look(self, found: list) -> None:
+        with contextlib.suppress(OSError):  # Then nothing is said of it.
+            if self._saved is not None:
+                found.append(self._saved())
+
+
+def end(status: int) -> None:
+    """Ends this process at once, with those that build its data, and nothing else is tidied up."""
+    for child in multiprocessing.active_children():
+        child.kill()
+    os._exit(status)
+
 
 def _leave(before: str, status: int, sentence: str) -> None:
-    """Ends this process at once, whatever its main thread does; logs were flushed line by line."""
+    """Says it and ends, whatever the main thread does; logs were flushed line by line."""
     # Writing to a terminal that is held never returns.
     timer = threading.Timer(BLOCKED, os._exit, [status])
     timer.daemon = True
     timer.start()
     os.write(2, f"{before}train: {sentence}\n".encode())
-    os._exit(status)
+    end(status)

@@ -5,7 +5,6 @@ by any number of several: with two devices there is but one order, so everything
 last bit, and with four it is not (ROUNDING).
 """
 
-import dataclasses
 import json
 import os
 import re
@@ -14,57 +13,22 @@ import signal
 import socket
 import subprocess
 import sys
-import time
 
 import numpy as np
 import pytest
 
 from launch.files import ROOT
 from tests import tiny
+from tests.launch.several import Processes, computed, free
 from training.checkpoint import Checkpoints
 from training.metrics import read
 
-PATIENCE = 240.0  # seconds that a loaded machine may take to start and compile
 MINUTE = 60.0  # within which a lost process is named and the others are gone
 LOST = 3
+STALL = {"MESHWORK_STALL_SECONDS": "6"}
 # float32 sums of a thousand numbers in another order, through a few steps of AdamW.
 ROUNDING = dict(rtol=1e-4, atol=1e-6)
 RUN = ("-m", "launch.train")
-
-
-@dataclasses.dataclass
-class Processes:
-    """Of one run; `workdir` holds what they write."""
-
-    each: list[subprocess.Popen]
-    workdir: object
-
-    def __getitem__(self, index):
-        return self.each[index]
-
-    def wait_for_step(self, step):
-        """Until the log has it."""
-        until = time.monotonic() + PATIENCE
-        while not self.steps() or self.steps()[-1] < step:
-            for process in self.each:
-                assert process.poll() is None, process.communicate()
-            assert time.monotonic() < until
-            time.sleep(0.02)
-
-    def steps(self):
-        path = self.workdir / "metrics.jsonl"
-        return [row["step"] for row in read(path)[1]] if path.exists() else []
-
-    def ends(self, *without):
-        """[(status, stdout, last line of stderr)] of all but those, and the seconds it took."""
-        begun, found = time.monotonic(), []
-        for index, process in enumerate(self.each):
-            if index not in without:
-                out, err = process.communicate(timeout=PATIENCE)
-                assert "Traceback" not in err, err
-                lines = re.split(r"[\r\n]+", err.strip())
-                found.append((process.returncode, out, lines[-1]))
-        return found, time.monotonic() - begun
 
 
 @pytest.fixture(scope="module")
@@ -111,22 +75,6 @@ def start(root, tmp_path_factory):
     for process in started:
         process.kill()
         process.communicate()
-
-
-def free():
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
-
-
-def computed(workdir):
-    """{step: row} without what is measured."""
-    rows = read(workdir / "metrics.jsonl")[1]
-    kept = [row for row in rows if "loss" in row]
-    measured = re.compile(r"time|mfu|.*second.*")
-    return {
-        row["step"]: {k: v for k, v in row.items() if not measured.fullmatch(k)} for row in kept
-    }
 
 
 def alone(start, workdir, devices, steps, **changes):
@@ -220,7 +168,7 @@ def test_four_save_together_and_the_death_of_another_is_named(start, tmp_path):
 
 def test_one_that_is_stopped_is_named(start, whole, tmp_path):
     shutil.copytree(whole[0], tmp_path / "run")
-    two = start(tmp_path / "run", 2, 1, environ={"MESHWORK_STALL_SECONDS": "8"})
+    two = start(tmp_path / "run", 2, 1, environ=STALL)
     two.wait_for_step(whole[1] + 1)
     two[1].send_signal(signal.SIGSTOP)
     ((status, _, said),), seconds = two.ends(1)
@@ -255,8 +203,7 @@ train.main()
 
 def test_each_builds_its_own_rows_and_one_that_hangs_is_named(start, tmp_path):
     """Its main thread waits for a file system, say, while its watchdog lives."""
-    stall = {"MESHWORK_STALL_SECONDS": "8"}
-    two = start(tmp_path, 2, 1, run=("-c", HANGS), environ=stall)
+    two = start(tmp_path, 2, 1, run=("-c", HANGS), environ=STALL)
     two.wait_for_step(5)
     found, seconds = two.ends()
     for status, _, said in found:

@@ -3,75 +3,20 @@
 The watchdogs run as they do in a run, with a twentieth of its seconds between signs of life.
 """
 
-import contextlib
 import itertools
 import random
-import socket
 import threading
 import time
 
 import pytest
 
+from tests.training.circle import SOON, Circle, together
 from training import follower, hosts, leader, liveness, watchdog
-from training.follower import Follower
 from training.hosts import LOST, Alone, TogetherError
-from training.leader import Leader, differing
+from training.leader import differing
 from training.liveness import Limits
-from training.wire import Wire
 
-SOON = 20.0  # seconds within which a loaded machine does what takes a moment
 AGAIN = "start again with the same command"
-
-
-class Circle:
-    """`hosts`, of which `left` says with what their watchdogs have ended them.
-
-    started: whose watchdogs run, all if None.
-    """
-
-    def __init__(self, count, limits=None, started=None):
-        self.names = [f"host {i} (node{i}, process {40 + i})" for i in range(count)]
-        pairs = [connected() for _ in range(1, count)]
-        self.left, self.changed = {}, threading.Condition()
-        self.sockets = {0: [mine for mine, _ in pairs]}
-        self.sockets |= {i: [its] for i, (_, its) in enumerate(pairs, 1)}
-        options = lambda i: dict(limits=limits or Limits(), leave=lambda *how: self._leave(i, how))
-        wires = {i: Wire(mine) for i, (mine, _) in enumerate(pairs, 1)}
-        self.hosts = [Leader(self.names, wires, **options(0))]
-        for i, (_, its) in enumerate(pairs, 1):
-            self.hosts.append(Follower(i, self.names, Wire(its), **options(i)))
-        for i in range(count) if started is None else started:
-            self.hosts[i].start()
-
-    def _leave(self, index, how):
-        with self.changed:
-            self.left[index] = how
-            self.changed.notify_all()
-        self.end(index)
-
-    def kill(self, index):
-        """It is gone, and its watchdog with it."""
-        with self.hosts[index]._changed:
-            self.hosts[index]._close()
-        self.end(index)
-
-    def end(self, index):
-        """What the system does with its connections."""
-        for its in self.sockets[index]:
-            with contextlib.suppress(OSError):  # Its peer may have gone first.
-                its.shutdown(socket.SHUT_RDWR)
-
-    def wait(self, *indices):
-        """How these were ended, once they were."""
-        with self.changed:
-            assert self.changed.wait_for(lambda: set(indices) <= set(self.left), SOON), self.left
-        return [self.left[index] for index in indices]
-
-
-def connected():
-    with socket.create_server(("127.0.0.1", 0)) as listening:
-        one = socket.create_connection(listening.getsockname())
-        return listening.accept()[0], one
 
 
 @pytest.fixture(autouse=True)
@@ -103,25 +48,6 @@ def circle():
             its.close()
 
 
-def together(*acts):
-    """What they return, or the errors that they raise, when called at once."""
-    results = [None] * len(acts)
-
-    def call(i):
-        try:
-            results[i] = acts[i]()
-        except Exception as error:
-            results[i] = error
-
-    threads = [threading.Thread(target=call, args=(i,), daemon=True) for i in range(len(acts))]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join(SOON)
-        assert not thread.is_alive()
-    return results
-
-
 def test_alone_there_is_nothing_to_agree_on():
     alone, batches = Alone(), iter([1, 2])
     assert (alone.index, alone.count, alone.leader) == (0, 1, True)
@@ -146,7 +72,14 @@ def test_a_process_that_dies_is_named_to_all_others(circle, victim):
 
 
 @pytest.mark.parametrize(
-    ("saved", "end"), [(None, AGAIN), (list, f"{AGAIN} to begin anew"), ("hangs", AGAIN)]
+    ("saved", "end"),
+    [
+        (None, AGAIN),
+        (list, f"{AGAIN} to begin anew"),
+        (lambda: time.sleep(60), AGAIN),
+        (lambda: (_ for _ in ()).throw(OSError("stale")), AGAIN),
+    ],
+    ids=["not begun", "none", "hangs", "fails"],
 )
 def test_where_the_run_can_go_on(circle, saved, end):
     """Before there are checkpoints to ask for, without any, and if the file system hangs."""
@@ -155,7 +88,7 @@ def test_where_the_run_can_go_on(circle, saved, end):
     ring.hosts[1].at("reading its corpus")
     time.sleep(0.3)
     if saved is not None:
-        ring.hosts[0].go_on_from((lambda: time.sleep(60)) if saved == "hangs" else saved)
+        ring.hosts[0].go_on_from(saved)
     ring.kill(1)
     ((_, text),) = ring.wait(0)
     assert text == f"{ring.names[1]} died while reading its corpus; {end}"
