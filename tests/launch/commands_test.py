@@ -203,7 +203,7 @@ def test_another_corpus_is_refused_by_train_and_told_by_evaluate(call, root, tra
     assert "the corpus is not the one" in err
     meta = workdir / "checkpoints" / "3" / "meta" / "metadata"
     meta.write_text(meta.read_text().replace('"fingerprint": "', '"fingerprint": "0'))
-    status, _, err = call("evaluate", "--workdir", workdir, "--rows=4")
+    status, _, err = call("evaluate", "--workdir", workdir, "--rows=4", "--trust")
     assert status == 0
     assert "note: the corpus has fingerprint" in err
 

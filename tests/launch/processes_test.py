@@ -78,8 +78,9 @@ def start(root, tmp_path_factory):
 
 
 def alone(start, workdir, devices, steps, **changes):
-    ((status, _, err),), _ = start(workdir, 1, devices, steps=steps, **changes).ends()
+    ((status, out, err),), _ = start(workdir, 1, devices, steps=steps, **changes).ends()
     assert status == 0, err
+    return out
 
 
 @pytest.fixture(scope="module")
@@ -100,10 +101,18 @@ def stopped(start, tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def whole(start, stopped, tmp_path_factory):
-    """(workdir, last step) of the same run as one process that nobody stops."""
+    """(workdir, last step, stdout) of the same run as one process that nobody stops."""
     workdir, last = tmp_path_factory.mktemp("whole"), stopped[1] + 4
-    alone(start, workdir, 2, last, train__save_every=last - 3)
-    return workdir, last
+    said = alone(start, workdir, 2, last, train__save_every=last - 3)
+    return workdir, last, said
+
+
+def resumable(whole, workdir):
+    """A copy that has yet to take its last three steps."""
+    shutil.copytree(whole[0], workdir)
+    shutil.rmtree(workdir / "checkpoints" / str(whole[1]))
+    (workdir / "final.json").unlink()
+    return workdir
 
 
 def test_two_stop_at_one_step_and_one_goes_on(start, stopped, whole, tmp_path):
@@ -117,11 +126,19 @@ def test_two_stop_at_one_step_and_one_goes_on(start, stopped, whole, tmp_path):
     assert (workdir / "final.json").read_text() == (whole[0] / "final.json").read_text()
 
 
-def test_one_becomes_two_and_the_death_of_the_first_is_named(start, whole, tmp_path):
-    workdir, last = tmp_path / "two", whole[1]
-    shutil.copytree(whole[0], workdir)
-    shutil.rmtree(workdir / "checkpoints" / str(last))
-    (workdir / "final.json").unlink()
+def test_two_end_as_one_does(start, whole, tmp_path):
+    """From a checkpoint of one: scores, the model's text and what is printed are the same."""
+    workdir = resumable(whole, tmp_path / "two")
+    (leader, follower), _ = start(workdir, 2, 1, steps=whole[1]).ends()
+    assert (leader[0], follower[:2]) == (0, (0, "")), (leader, follower)
+    assert computed(workdir) == computed(whole[0])
+    assert (workdir / "final.json").read_text() == (whole[0] / "final.json").read_text()
+    assert leader[1].partition("train on:")[0] == whole[2].partition("train on:")[0]
+    assert "\nsample\n" in leader[1]
+
+
+def test_the_death_of_the_first_is_named(start, whole, tmp_path):
+    workdir, last = resumable(whole, tmp_path / "two"), whole[1]
     two = start(workdir, 2, 1, train__save_every=last + 5)
     two.wait_for_step(last + 6)
     two[0].kill()
@@ -142,28 +159,30 @@ def test_one_becomes_two_and_the_death_of_the_first_is_named(start, whole, tmp_p
 
 
 def test_four_save_together_and_the_death_of_another_is_named(start, tmp_path):
-    four, one = tmp_path / "four", tmp_path / "one"
     silent = {"data__sources__stdlib__holdout": 0}  # No evaluation is compiled.
-    processes = start(four, 4, 1, train__save_every=2, **silent)
-    processes.wait_for_step(5)
+    processes = start(tmp_path, 4, 1, train__save_every=4, **silent)
+    processes.wait_for_step(6)
+    processes.wait_for(lambda: Checkpoints(tmp_path).steps())
     processes[2].kill()
     found, seconds = processes.ends(2)
     assert seconds < MINUTE
-    who = f"host 2 ({socket.gethostname()}, process {processes[2].pid}) died after step "
+    with Checkpoints(tmp_path) as checkpoints:
+        saved = checkpoints.steps()
+    who = rf"host 2 \({socket.gethostname()}, process {processes[2].pid}\)"
     for status, _, said in found:
         assert status == LOST
-        assert said.startswith(f"train: {who}")
-    with Checkpoints(four) as checkpoints:
-        saved = checkpoints.latest()
-    assert any(said.endswith(f"same command to go on from step {saved}") for *_, said in found)
-    alone(start, four, 4, saved + 2, **silent)
-    alone(start, one, 4, saved + 2, **silent)
-    mine, its = computed(four), computed(one)
-    assert mine.keys() == its.keys() == set(range(1, saved + 3))
-    for step, row in its.items():
-        assert row.keys() == mine[step].keys()
+        assert re.match(rf"train: {who} died after step \d+; start again with the same ", said)
+        assert re.search(rf"to go on from step ({'|'.join(map(str, saved))})$", said)
+    before = computed(tmp_path)
+    for step in saved[1:]:
+        shutil.rmtree(tmp_path / "checkpoints" / str(step))
+    alone(start, tmp_path, 4, 6, **silent)
+    after = computed(tmp_path)
+    assert list(after) == [1, 2, 3, 4, 5, 6]
+    for step, row in after.items():
+        assert row.keys() == before[step].keys()
         for name, value in row.items():
-            np.testing.assert_allclose(mine[step][name], value, err_msg=name, **ROUNDING)
+            np.testing.assert_allclose(before[step][name], value, err_msg=name, **ROUNDING)
 
 
 def test_one_that_is_stopped_is_named(start, whole, tmp_path):

@@ -60,7 +60,7 @@ def test_train_and_evaluate_end_with_a_line_a_domain(built, tmp_path, monkeypatc
     assert lines[1:4] == expected
 
     reopened = setup.Setup(built.config, built.mesh, job.data, built.program)
-    monkeypatch.setattr(setup, "reopen", lambda _: (reopened, outcome.state.params, 1))
+    monkeypatch.setattr(setup, "reopen", lambda *_, **__: (reopened, outcome.state.params, 1))
     monkeypatch.setattr(sys, "argv", ["evaluate", "--workdir", str(tmp_path)])
     evaluate.main()
     assert capsys.readouterr().out.splitlines()[-3:] == expected

@@ -102,8 +102,7 @@ def called(*places, **each):
 def same_sentence(results, *parts, error=RollCallError):
     assert [type(result) for result in results] == [error] * len(results), results
     (text,) = {str(result) for result in results}
-    for part in parts:
-        assert part in text, text
+    assert all(part in text for part in parts), text
 
 
 def test_all_meet_and_the_port_is_free_again(free, meet, tmp_path):

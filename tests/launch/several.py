@@ -23,8 +23,12 @@ class Processes:
 
     def wait_for_step(self, step):
         """Until the log has it."""
+        self.wait_for(lambda: self.steps() and self.steps()[-1] >= step)
+
+    def wait_for(self, what):
+        """Until it is true; none of the processes may end before."""
         until = time.monotonic() + PATIENCE
-        while not self.steps() or self.steps()[-1] < step:
+        while not what():
             for process in self.each:
                 assert process.poll() is None, process.communicate()
             assert time.monotonic() < until
