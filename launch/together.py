@@ -116,6 +116,11 @@ def connect(hosts: Hosts, place: Place, data: Any) -> None:
             f"JAX's processes did not find each other at {place.host}:{place.port} ({what}); see "
             "that the port stays free and open between the hosts"
         ) from error
+    if jax.process_index() != place.index:
+        raise ValueError(
+            f"JAX calls this process {jax.process_index()} and it was started as {place.index}; "
+            "number the processes as the devices' network does, or give --coordinator=auto"
+        )
     if jax.process_count() != place.count:
         raise ValueError(
             f"JAX sees {jax.process_count()} processes and the run has {place.count}; start one on "

@@ -92,18 +92,20 @@ class Agreement:
             return "", f"no answer for {timeout:,.0f} seconds"
         return text, error
 
-    def lead(self, work: Callable[[], Any]) -> Any:
+    def lead(self, work: Callable[[], Any], *, timeout: float = TIMEOUT) -> Any:
         """What `work()` gives the leader, on every process; JSON.
+
+        timeout: seconds that the others wait for it.
 
         Where it raises an Exception, that is raised on the leader and a PeerError elsewhere.
         """
         if not self.leads:
-            return json.loads(self.meet()[0])
+            return json.loads(self.meet(timeout=timeout)[0])
         try:
             result = work()
         except Exception as error:
             with contextlib.suppress(PeerError):
-                self.meet(error=str(error))
+                self.meet(error=str(error) or type(error).__name__)
             raise
         self.meet(json.dumps(result))
         return result

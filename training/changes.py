@@ -11,7 +11,8 @@ NAMED = 8  # keys listed in one sentence
 
 
 class Kind(enum.Enum):
-    """HARMLESS: decides neither which rows there are nor what is computed from one.
+    """HARMLESS: decides neither which rows there are nor what is computed from one, but for how
+    far schedules reach, which every longer run changes.
 
     The values of the next two are the flags that accept them; what is FIXED would mean another
     thing to the same parameters.
@@ -32,11 +33,15 @@ KINDS = (
     (r"data\.domains\..*\.(source|weight|schedule|epochs)", Kind.CORPUS),
     (r"data\.domains\..*", Kind.HARMLESS),
     (r"data\.(length|tokenizer|tokenizers\..*)", Kind.FIXED),
-    (r"data\..*", Kind.CORPUS),
+    (r"data\..*|seed", Kind.CORPUS),
     (r".*", Kind.CONFIG),
 )
 # What the saved weights of a mixture follow from: weights of another one would overrule these.
 WEIGHED = re.compile(r"data\.(mixture|mixing|mixings\..*|domains\..*\.(weight|schedule|epochs))")
+# Schedules are stretched over the run by these, which is put on record.
+STRETCHING = re.compile(r"steps|data\.batch_size")
+# Losses that a mixture may follow are taken at these.
+HEARD = re.compile(r"train\.eval_(every|rows)")
 # Where rows lie and how many are taken at once; the corpus is the same one.
 LAYOUT = re.compile(r"data\.(batch_size|micro_batches|prefetch|workers)")
 
@@ -47,23 +52,30 @@ def changes(old: Mapping, new: Mapping) -> Changed:
     return {key: [old.get(key), new.get(key)] for key in old | new if old.get(key) != new.get(key)}
 
 
-def kind(key: str) -> Kind:
+def kind(key: str, heard: bool = False) -> Kind:
+    """heard: whether the data's mixture follows held-out losses."""
+    if heard and HEARD.fullmatch(key):
+        return Kind.CORPUS
     return next(kind for pattern, kind in KINDS if re.fullmatch(pattern, key))
 
 
-def of_kind(changed: Changed, *kinds: Kind) -> Changed:
-    return {key: both for key, both in changed.items() if kind(key) in kinds}
+def by_kind(changed: Changed, *, heard: bool = False) -> dict[Kind, Changed]:
+    """What of it is of each kind."""
+    return {
+        each: {key: both for key, both in changed.items() if kind(key, heard) is each}
+        for each in Kind
+    }
 
 
-def refusal(changed: Changed, accepted: set[Kind]) -> str | None:
+def refusal(kinds: Mapping[Kind, Changed], accepted: set[Kind]) -> str | None:
     """What is not accepted and what can be done about it, as the end of a sentence."""
-    refused = of_kind(changed, *(set(Kind) - {Kind.HARMLESS} - accepted))
-    if not refused:
+    wrong = {k: keys for k, keys in kinds.items() if keys and k not in {Kind.HARMLESS, *accepted}}
+    if not wrong:
         return None
-    kinds = {kind(key) for key in refused}
-    flags = "" if Kind.FIXED in kinds else " ".join(sorted(k.value for k in kinds))
+    flags = "" if Kind.FIXED in wrong else " ".join(sorted(k.value for k in wrong))
     fix = "undo that or choose another --workdir"
     fix = f"undo that, choose another --workdir, or go on with {flags}" if flags else fix
+    refused = {key: both for keys in wrong.values() for key, both in keys.items()}
     return f"{told(refused)}; {fix}"
 
 

@@ -24,7 +24,8 @@ PHASES = {
     "saving": 600.0,
     "evaluating": 600.0,  # compiles the first time
     "sampling": 600.0,  # likewise
-    "ending": 1800.0,  # process 0 counts n-grams of the corpus
+    "profiling": 600.0,  # writes what it has collected
+    "ending": math.inf,  # all is saved, and process 0 counts n-grams of the corpus
 }
 OVERRULE = "MESHWORK_STALL_SECONDS"
 
@@ -129,7 +130,7 @@ class Pulse:
             if seen.behind_since is None:
                 seen.behind_since = now
             waited = now - seen.behind_since
-            if waited > PHASES.get(seen.beat.phase, self._limits.behind):
+            if waited > max(PHASES.get(seen.beat.phase, 0.0), self._limits.behind):
                 late.append((seen.beat.mark, process, waited))
         if not late:
             return None

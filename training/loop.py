@@ -12,6 +12,7 @@ from training.checkpoint import Checkpoints
 from training.evaluate import Score, held_out
 from training.feed import feed
 from training.hearing import Hearing, check
+from training.hosts import Alone, Hosts
 from training.interrupt import Interrupt
 from training.program import parameters
 from training.resume import begin, lock
@@ -74,7 +75,9 @@ def run(job: Run) -> Outcome:
         start, rows = to_int(state.position), config["data"]["batch_size"]
         batches = job.hosts.fed(stack.enter_context(feed(job.data, program.batch, start)))
         watch = stack.enter_context(Watch(job, state, checkpoints))
-        profile = stack.enter_context(_Profile(job.workdir, every))
+        profile = stack.enter_context(_Profile(job.workdir, every, job.hosts))
+        # Left first: a process that fails waits for its save before it can say why.
+        stack.callback(job.hosts.at, "saving")
         hearing = Hearing(job.data)
         after = lambda step: start + (step - first) * rows  # rows consumed by then
 
@@ -166,7 +169,8 @@ def _score(job: Run, state: TrainState, limit: int | None) -> Score:
 class _Profile:
     """A profiler trace of the steps asked for, in <workdir>/profile (TensorBoard reads it)."""
 
-    def __init__(self, workdir: pathlib.Path, options: Mapping):
+    def __init__(self, workdir: pathlib.Path, options: Mapping, hosts: Alone | Hosts):
+        self._hosts = hosts
         start, count = options["profile_start"], options["profile_steps"]
         self._folder = workdir / "profile"
         self._start, self._stop = (None, None) if start is None else (start, start + count)
@@ -185,5 +189,6 @@ class _Profile:
             self._running = True
         elif step == self._stop and self._running:
             jax.block_until_ready(state.step)
+            self._hosts.at("profiling")
             jax.profiler.stop_trace()
             self._running = False

@@ -20,6 +20,7 @@ FORMAT = 1
 NAME = "manifest.jsonl"
 THREADS = min(8, os.cpu_count() or 1)  # hashlib lets others run while it hashes
 NAMED = 3  # files named in one sentence
+EXTRA = "does not belong to it"
 TICK = 50_000_000  # nanoseconds; Linux tells the times of files in steps of up to 10 ms
 
 Files = dict[str, list]  # {path in the step: [bytes, sha256]}, as JSON
@@ -103,7 +104,8 @@ def verify(
     wanted = {path: entry for path, entry in manifest.files.items() if chosen(path)}
     there = {path: stat for path, stat in _stats(folder).items() if chosen(path)}
     wrong = [f"{path} is missing" for path in wanted if path not in there]
-    wrong += [f"{path} does not belong to it" for path in there if path not in wanted]
+    strange = [path for path in there if path not in wanted and not _is_hidden(path)]
+    wrong += [f"{path} {EXTRA}" for path in strange]
     for path in wanted.keys() & there.keys():
         size, now = wanted[path][0], there[path][0]
         if now != size:
@@ -205,6 +207,11 @@ def _stats(folder: pathlib.Path) -> dict[str, tuple]:
                 found[path] = (stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns, stat.st_ino)
     found.pop(NAME, None)
     return found
+
+
+def _is_hidden(path: str) -> bool:
+    """Whether it is what file systems and browsers of them leave behind, such as .nfs0001."""
+    return path.rpartition("/")[2].startswith(".")
 
 
 def _settled(stat: tuple) -> bool:

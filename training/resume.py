@@ -8,7 +8,17 @@ from collections.abc import Iterator, Mapping
 
 import jax
 
-from training.changes import LAYOUT, WEIGHED, Changed, Kind, changes, of_kind, refusal, told
+from training.changes import (
+    LAYOUT,
+    STRETCHING,
+    WEIGHED,
+    Changed,
+    Kind,
+    by_kind,
+    changes,
+    refusal,
+    told,
+)
 from training.checkpoint import CheckpointError, Checkpoints
 from training.run import Run
 from training.state import TrainState, to_int
@@ -19,9 +29,9 @@ def begin(checkpoints: Checkpoints, job: Run) -> tuple[TrainState, int, dict]:
 
     `corpora` in that header lists {"from_row", "fingerprint"} of every corpus trained on, and with
     a later one what of the configuration was `changed` for it, {key: [before, after]}; `changes`
-    lists {"from_step", "changed"} of every other change that was accepted. The data is given its
-    saved state. Raises CheckpointError for a run of another configuration or corpus, and
-    ValueError for a corpus that ends before the run does.
+    lists {"from_step", "changed"} of every other change that was accepted, and of those that
+    stretch schedules. The data is given its saved state. Raises CheckpointError for a run of
+    another configuration or corpus, and ValueError for a corpus that ends before the run does.
     """
     new = dict(job.header)
     step = checkpoints.latest()
@@ -31,34 +41,38 @@ def begin(checkpoints: Checkpoints, job: Run) -> tuple[TrainState, int, dict]:
     meta = checkpoints.meta(step)
     old = meta["header"]
     changed = changes(old["config"], new["config"])
-    _refuse_changes(changed, job)
+    kinds = by_kind(changed, heard=job.data.hears == "validation")
+    _refuse_changes(kinds, job)
     _refuse_tokenizer(old, job)
     _refuse_corpus(old, job)
     state, _ = checkpoints.restore(step, job.program.state)
     first, position = int(state.step), to_int(state.position)
-    history = _history(old, changed, job, first, position)
+    history = _history(old, kinds, job, first, position)
     accepted = len(history["corpora"]) > len(old.get("corpora", [0]))
     _load(job, meta.get("data"), changed, accepted)
     _enough_rows(job, first, position)
     return state, first, new | history
 
 
-def _history(old: Mapping, changed: Changed, job: Run, first: int, position: int) -> dict:
+def _history(
+    old: Mapping, kinds: Mapping[Kind, Changed], job: Run, first: int, position: int
+) -> dict:
     """The header's `corpora` and `changes` with what is new, of which this tells."""
     corpora, past = old.get("corpora", [_corpus(old, 0)]), old.get("changes", [])
-    harmless = of_kind(changed, Kind.HARMLESS)
+    harmless, rows = kinds[Kind.HARMLESS], kinds[Kind.CORPUS]
     if harmless:
         _note(f"going on from step {first:,} with other keys{told(harmless)}")
-    rows = of_kind(changed, Kind.CORPUS)
     if rows or old["fingerprint"] != job.header["fingerprint"]:
-        every = {key: both for key, both in changed.items() if key.startswith("data.")}
-        rows = {key: both for key, both in every.items() if not LAYOUT.fullmatch(key)}
+        of_data = lambda key: key.startswith("data.") and not LAYOUT.fullmatch(key)
+        rows = rows | {key: both for key, both in harmless.items() if of_data(key)}
         corpora = [*corpora, _corpus(job.header, position) | {"changed": rows}]
         fingerprint = job.header["fingerprint"]
         _note(f"from row {position:,} on the corpus is {fingerprint}{told(rows)}")
-    computed = of_kind(changed, Kind.CONFIG)
+    computed = kinds[Kind.CONFIG]
+    stretched = {key: both for key, both in harmless.items() if STRETCHING.fullmatch(key)}
+    if computed or stretched:
+        past = [*past, {"from_step": first, "changed": computed | stretched}]
     if computed:
-        past = [*past, {"from_step": first, "changed": computed}]
         _note(f"from step {first:,} on the configuration is another one{told(computed)}")
     return {"corpora": corpora} | ({"changes": past} if past else {})
 
@@ -67,9 +81,9 @@ def _corpus(header: Mapping, row: int) -> dict:
     return {"from_row": row, "fingerprint": header["fingerprint"]}
 
 
-def _refuse_changes(changed: Changed, job: Run) -> None:
+def _refuse_changes(kinds: Mapping[Kind, Changed], job: Run) -> None:
     flags = {Kind.CORPUS: job.accept_corpus, Kind.CONFIG: job.accept_config}
-    wrong = refusal(changed, {kind for kind, given in flags.items() if given})
+    wrong = refusal(kinds, {kind for kind, given in flags.items() if given})
     if wrong is not None:
         raise CheckpointError(f"{job.workdir} holds a run of another configuration{wrong}")
 

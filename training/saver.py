@@ -7,10 +7,13 @@ rename; only then old steps go. A save that is cut off anywhere leaves every ear
 
 import contextlib
 import json
+import os
 import pathlib
 import re
 import sys
 import threading
+import time
+from collections.abc import Callable
 from typing import Any
 
 from training import manifest, steps
@@ -22,6 +25,7 @@ from training.verified import Verified
 # Files of one process, in Orbax's folders of arrays.
 OWNED = re.compile(r"[^/]+/(?:ocdbt\.|array_metadatas/)process_(\d+)(?:/.*)?")
 TIMEOUT = 1800  # seconds that Orbax waits for the writes of other processes
+VISIBLE = 60.0  # seconds that a network disk's client may remember what was not there
 
 
 class Saver:
@@ -107,7 +111,10 @@ class Saver:
                 self._commit(step, saved, [json.loads(part) for part in parts])
             self._agreement.meet()
         except BaseException as error:
-            self._error = self._failed(step, error)
+            # First without a look at the folder, which may be what failed.
+            self._error = CheckpointError(f"step {step} cannot be saved: {cause(error)}")
+            with contextlib.suppress(OSError):
+                self._error = self._failed(step, error)
             self._error.__cause__ = error
             return
         if self._agreement.leads:
@@ -121,13 +128,15 @@ class Saver:
             owner = int(owned[1]) if owned else 0
             return owner == self._agreement.process
 
+        _soon(lambda: saved.name in os.listdir(saved.parent))
         paths = [path for path in manifest.listing(saved) if mine(path)]
         return manifest.digests(saved, paths, flush=True)
 
     def _commit(self, step: int, saved: pathlib.Path, parts: list[manifest.Files]) -> None:
         files = {path: entry for part in parts for path, entry in part.items()}
-        if unhashed := set(files) ^ set(manifest.listing(saved)):
-            raise OSError(f"not every process sees the same files in {saved}: {min(unhashed)}")
+        differing = lambda: set(files) ^ set(manifest.listing(saved))
+        if not _soon(lambda: not differing()):
+            raise OSError(f"not every process sees the same files in {saved}: {min(differing())}")
         sealed = manifest.write(saved, step=step, run=self._run, files=files)
         target = self.folder / str(step)
         fate = self._there.allow(step)
@@ -166,7 +175,7 @@ class Saver:
             except Exception as told:
                 words = str(told) if isinstance(told, PeerError) else words
         self._close()
-        if self._agreement.leads:
+        if self._agreement.leads and self.folder.is_dir():
             steps.sweep(self.folder)  # writes still under way may undo it, until the next save
         return error if isinstance(error, CheckpointError) else self._sentence(step, words)
 
@@ -186,3 +195,11 @@ class Saver:
             told = f"note: {self.folder} is to be tidied up at the next save: {error}"
             print(told, file=sys.stderr)
         self._complained = True
+
+
+def _soon(true: Callable[[], bool]) -> bool:
+    """Whether it is, or becomes so while another machine's files come into sight."""
+    until = time.monotonic() + VISIBLE
+    while not (so := true()) and time.monotonic() < until:
+        time.sleep(0.5)
+    return so

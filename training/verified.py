@@ -10,6 +10,7 @@ from training.agree import Agreement, PeerError
 from training.quiet import cause, fix
 from training.steps import CheckpointError
 
+HASHING = 6 * 3600.0  # seconds that the first process may take to read a step of terabytes
 Items = Collection[str] | None  # of a step those whose files are verified; None: all
 
 
@@ -78,18 +79,21 @@ class Verified:
     def allow(self, step: int) -> str:
         """What a save does with whatever has the name of this step: 'remove', 'set aside' or ''.
 
-        Only what is known to be a damaged step of this run may be removed. Raises CheckpointError
+        Only what is known to be a damaged step of this run, and not just to hold more files than it
+        should, may be removed. Raises CheckpointError
         for a sound one. For the first process alone.
         """
         path = self.folder / str(step)
         if not path.exists():
             return ""
-        if not self._wrong(step, None):
+        wrong = self._wrong(step, None)
+        if not wrong:
             raise CheckpointError(
                 f"step {step} is already in {self.folder}: remove it to save it again"
             )
         foreign = manifest.verify(path, step=step, run=steps.run_id(self.folder), items=())
-        return "set aside" if foreign else "remove"
+        whole = all(phrase.endswith(manifest.EXTRA) for phrase in wrong)
+        return "set aside" if foreign or whole else "remove"
 
     def probe(self) -> None:
         """Raises CheckpointError on every process if one of them may not write to the folder."""
@@ -110,7 +114,7 @@ class Verified:
 
     def _lead(self, work: Callable[[], Any]) -> Any:
         try:
-            return self._agreement.lead(work)
+            return self._agreement.lead(work, timeout=HASHING)
         except PeerError as error:
             raise CheckpointError(str(error)) from error
 

@@ -8,7 +8,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 import jax
 import numpy as np
 
-from training.checkpoint import Checkpoints
+from training.checkpoint import CheckpointError, Checkpoints
 from training.evaluate import Score
 from training.flops import mfu
 from training.metrics import Clock, Log
@@ -118,12 +118,15 @@ class Watch:
         return {"tokens_per_second": rate} | ({} if used is None else {"mfu": used})
 
     def _diagnosis(self, step: int, values: Mapping) -> str:
-        self._checkpoints.wait()
-        kept = self._checkpoints.latest()
+        try:
+            self._checkpoints.wait()
+            kept = self._checkpoints.latest()
+            last = f"the last finite checkpoint is of step {kept}"
+            last = "no checkpoint was saved before it" if kept is None else last
+        except CheckpointError as error:
+            last = str(error)
         names = self._job.data.names(self._row(step), self._row(step + 1))
         some = ", ".join(names[:8]) + (f" and {len(names) - 8} more" if len(names) > 8 else "")
-        last = "no checkpoint was saved before it"
-        last = last if kept is None else f"the last finite checkpoint is of step {kept}"
         return (
             f"step {step} has loss {values['loss']}, gradient norm {values['gradient_norm']} and "
             f"parameter norm {values['parameter_norm']}; {last}; its batch held {some}"

@@ -80,3 +80,16 @@ def _end_while_saving(workdir):
     with Checkpoints(workdir) as checkpoints:
         checkpoints.save(FIRST, {})
         raise ZeroDivisionError
+
+
+def test_a_folder_that_is_gone_is_still_an_error(tmp_path, monkeypatch):
+    """What comes after the error looks at the folder too, and must not hide it."""
+    save(tmp_path, FIRST)
+    with Checkpoints(tmp_path) as checkpoints:
+        for owner, name in ((saver.Saver, "_hash"), (steps, "numbers"), (steps, "sweep")):
+            monkeypatch.setattr(owner, name, full)
+        monkeypatch.setattr(saver.Saver, "_prepare", lambda self, step: None)
+        checkpoints.save(SECOND, {})
+        with pytest.raises(CheckpointError, match="step 2 cannot be saved"):
+            checkpoints.wait()
+        monkeypatch.undo()

@@ -166,3 +166,13 @@ def test_a_write_that_is_cut_off_leaves_what_was_there(tmp_path, monkeypatch):
     with pytest.raises(OSError, match="No space left"):
         manifest.replace(path, b"after")
     assert path.read_bytes() == b"before"
+
+
+def test_what_file_systems_leave_behind_is_no_damage(tmp_path):
+    (tmp_path / "params").mkdir()
+    (tmp_path / "params" / "data").write_bytes(b"weights")
+    manifest.write(tmp_path, step=1, run="r")
+    (tmp_path / "params" / ".nfs000000012345").write_bytes(b"")
+    assert manifest.verify(tmp_path, step=1, run="r") == []
+    (tmp_path / "params" / "more").write_bytes(b"")
+    assert manifest.verify(tmp_path) == ["params/more does not belong to it"]

@@ -12,7 +12,7 @@ import pytest
 from data.batch import from_words
 from tests import tiny
 from training import loop, metrics
-from training.changes import Kind, kind, refusal
+from training.changes import Kind, by_kind, kind, refusal
 from training.checkpoint import CheckpointError, Checkpoints
 from training.resume import lock
 
@@ -70,7 +70,11 @@ def test_what_is_computed_changes_only_where_that_is_accepted(root, tmp_path, ca
         loop.run(again)  # needs no flag any more, and the change stays on record
     with Checkpoints(tmp_path) as checkpoints:
         past = checkpoints.meta()["header"]["changes"]
-    assert past == [{"from_step": 1, "changed": {"optim.lr": [0.003, 1e-4]}}]
+    first = {"optim.lr": [0.003, 1e-4], "steps": [1, 2]}
+    assert past == [
+        {"from_step": 1, "changed": first},
+        {"from_step": 2, "changed": {"steps": [2, 3]}},
+    ]
 
 
 def test_other_shapes_are_refused_whatever_is_accepted(root, tmp_path):
@@ -94,7 +98,7 @@ def test_other_shapes_are_refused_whatever_is_accepted(root, tmp_path):
         ("model.remat", Kind.HARMLESS),
         ("model.rematerialise", Kind.CONFIG),
         ("model.dtype", Kind.CONFIG),
-        ("seed", Kind.CONFIG),
+        ("seed", Kind.CORPUS),
         ("optim.methods.adamw.b1", Kind.CONFIG),
         ("data.batch_size", Kind.HARMLESS),
         ("data.sources.text.path", Kind.HARMLESS),
@@ -102,22 +106,29 @@ def test_other_shapes_are_refused_whatever_is_accepted(root, tmp_path):
         ("data.domains.web.weight", Kind.CORPUS),
         ("data.packing", Kind.CORPUS),
         ("data.length", Kind.FIXED),
+        ("data.tokenizer", Kind.FIXED),
         ("data.tokenizers.hf.path", Kind.FIXED),
+        ("train.eval_every", Kind.HARMLESS),
     ],
 )
 def test_who_may_change_what(key, expected):
     assert kind(key) is expected
 
 
+def test_when_losses_are_taken_matters_where_the_mixture_follows_them():
+    assert kind("train.eval_every", heard=True) is Kind.CORPUS
+    assert kind("train.eval_rows", heard=True) is Kind.CORPUS
+    assert kind("train.save_every", heard=True) is Kind.HARMLESS
+
+
 def test_flags_are_asked_for_by_what_changed():
-    of = lambda *keys: refusal({key: [1, 2] for key in keys}, set())
+    of = lambda *keys, accepted=(): refusal(by_kind({k: [1, 2] for k in keys}), set(accepted))
     assert of("steps", "mesh.data") is None
-    assert of("seed", "data.packing").endswith("go on with --accept_config --accept_corpus")
-    assert of("seed", "data.length").endswith("; undo that or choose another --workdir")
-    assert refusal({"seed": [1, 2]}, {Kind.CONFIG}) is None
-    assert "--accept_config" in refusal({"seed": [1, 2]}, {Kind.CORPUS})
-    many = {f"optim.k{i}": [0, i] for i in range(1, 12)}
-    assert " and 3 more)" in refusal(many, set())
+    assert of("optim.lr", "data.packing").endswith("go on with --accept_config --accept_corpus")
+    assert of("optim.lr", "data.length").endswith("; undo that or choose another --workdir")
+    assert of("optim.lr", accepted=[Kind.CONFIG]) is None
+    assert "--accept_config" in of("optim.lr", accepted=[Kind.CORPUS])
+    assert " and 3 more)" in of(*(f"optim.k{i}" for i in range(11)))
 
 
 def test_a_run_that_was_killed_before_its_end_was_noted_logs_it_once(root, tmp_path):
