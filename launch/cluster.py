@@ -80,7 +80,9 @@ def _by_hand(flags: Any, given: list[str]) -> Place | None:
             f"--{given[0]} needs --{' and --'.join(missing)} beside it, on every host; give all "
             "three or none"
         )
-    if flags.processes < 1 or not 0 <= flags.process < flags.processes:
+    if flags.processes < 1:
+        raise ValueError(f"--processes={flags.processes} are none; give at least 1")
+    if not 0 <= flags.process < flags.processes:
         raise ValueError(
             f"--process={flags.process} of --processes={flags.processes} does not exist; count "
             "from 0"

@@ -1,5 +1,6 @@
 """What train says before and after a run."""
 
+import contextlib
 import json
 import pathlib
 import shlex
@@ -123,10 +124,11 @@ def closing(job: Run, outcome: Outcome, given: Parsed) -> str:
 def _ngrams(job: Run) -> dict[str, float]:
     """Computed once a run and kept beside its metrics, where pictures find them."""
     path, source = job.workdir / "ngrams.json", job.data.source
-    if not path.is_file():
-        scores = ngrams.bits_per_byte(source.documents("train"), source.documents("validation"))
-        path.write_text(json.dumps(scores))
-    return json.loads(path.read_text())
+    with contextlib.suppress(OSError, ValueError):
+        return json.loads(path.read_text())
+    scores = ngrams.bits_per_byte(source.documents("train"), source.documents("validation"))
+    path.write_text(json.dumps(scores))
+    return scores
 
 
 def _scores(job: Run, outcome: Outcome) -> list[str]:

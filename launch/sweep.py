@@ -148,7 +148,7 @@ def keep(study: Study, workdir: pathlib.Path) -> None:
     path, earlier = workdir / "study.json", []
     workdir.mkdir(parents=True, exist_ok=True)
     if path.is_file():
-        before = json.loads(path.read_text(encoding="utf-8"))
+        before = _before(path)
         earlier = before["earlier_rules"]
         begun = any((workdir / name / "metrics.jsonl").is_file() for name in before["runs"])
         if begun and before["rule"] != str(study.rule):
@@ -157,6 +157,16 @@ def keep(study: Study, workdir: pathlib.Path) -> None:
     half = path.with_suffix(".tmp")
     half.write_text(text + "\n", encoding="utf-8")
     half.replace(path)
+
+
+def _before(path: pathlib.Path) -> dict:
+    try:
+        before = json.loads(path.read_text(encoding="utf-8"))
+        if {"earlier_rules", "rule", "runs"} <= before.keys():
+            return before
+    except (ValueError, AttributeError):
+        pass
+    raise UsageError(f"{path} is damaged; move it away, and the runs beside it stay as they are")
 
 
 @contextlib.contextmanager

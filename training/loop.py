@@ -156,8 +156,11 @@ def final(workdir: pathlib.Path, step: int) -> Score | None:
     path = workdir / FINAL
     if not path.is_file():
         return None
-    found = json.loads(path.read_text())
-    return Score(**found) if found.pop("step") == step else None
+    try:
+        found = json.loads(path.read_text())
+        return Score(**found) if found.pop("step") == step else None
+    except (ValueError, TypeError, AttributeError, KeyError):
+        return None  # It is damaged; the run scores its last step again.
 
 
 def _score(job: Run, state: TrainState, limit: int | None) -> Score:

@@ -124,8 +124,12 @@ def _lines(path: pathlib.Path) -> list[dict[str, Any]]:
     for number, line in enumerate(lines[:-1], 1):
         try:
             row = json.loads(line)
-        except ValueError as error:
-            raise MetricsError(f"{path} line {number} is not JSON: {error}") from error
+        except ValueError:
+            row = None
+        if not isinstance(row, dict):
+            raise MetricsError(
+                f"{path} line {number} is not JSON of a row, but {line[:40]!r}; remove that line"
+            )
         if "header" not in row:
             row = {k: NOT_FINITE.get(v, v) if isinstance(v, str) else v for k, v in row.items()}
         found.append(row)

@@ -20,8 +20,11 @@ from training.changes import (
     told,
 )
 from training.checkpoint import CheckpointError, Checkpoints
+from training.leaves import differences, items
 from training.run import Run
 from training.state import TrainState, to_int
+
+SHAPES = 3  # leaves named in one sentence
 
 
 def begin(checkpoints: Checkpoints, job: Run) -> tuple[TrainState, int, dict]:
@@ -42,6 +45,7 @@ def begin(checkpoints: Checkpoints, job: Run) -> tuple[TrainState, int, dict]:
     old = meta["header"]
     changed = changes(old["config"], new["config"])
     kinds = by_kind(changed, heard=job.data.hears == "validation")
+    _refuse_shapes(meta["shapes"], changed, job)
     _refuse_changes(kinds, job)
     _refuse_tokenizer(old, job)
     _refuse_corpus(old, job)
@@ -60,7 +64,7 @@ def _history(
     """The header's `corpora` and `changes` with what is new, of which this tells."""
     corpora, past = old.get("corpora", [_corpus(old, 0)]), old.get("changes", [])
     harmless, rows = kinds[Kind.HARMLESS], kinds[Kind.CORPUS]
-    if harmless:
+    if harmless and job.config["steps"] > first:
         _note(f"going on from step {first:,} with other keys{told(harmless)}")
     if rows or old["fingerprint"] != job.header["fingerprint"]:
         of_data = lambda key: key.startswith("data.") and not LAYOUT.fullmatch(key)
@@ -79,6 +83,17 @@ def _history(
 
 def _corpus(header: Mapping, row: int) -> dict:
     return {"from_row": row, "fingerprint": header["fingerprint"]}
+
+
+def _refuse_shapes(saved: Mapping, changed: Changed, job: Run) -> None:
+    parts = items(job.program.state)
+    wrong = [f"{n}: {phrase}" for n in parts for phrase in differences(saved[n], parts[n])]
+    if wrong:
+        more = f"; and {len(wrong) - SHAPES} more" if len(wrong) > SHAPES else ""
+        raise CheckpointError(
+            f"{job.workdir} holds a run of other shapes{told(changed)}; undo that or choose "
+            f"another --workdir ({'; '.join(wrong[:SHAPES])}{more})"
+        )
 
 
 def _refuse_changes(kinds: Mapping[Kind, Changed], job: Run) -> None:

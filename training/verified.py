@@ -66,7 +66,8 @@ class Verified:
         try:
             found = read(self.folder / str(step))
         except CheckpointError as error:
-            failed = error
+            advice = "; without --trust an earlier sound step is used" if self._trust else ""
+            failed = CheckpointError(f"{error}{advice}")
         try:
             self._agreement.meet(error=str(failed or ""))
         except PeerError as error:
@@ -121,9 +122,12 @@ class Verified:
     def _wrong(self, step: int, items: Items) -> list[str]:
         """What is wrong with a step, in phrases."""
         path = self.folder / str(step)
-        if self._trust:
-            return [] if steps.has_mark(path) else ["Orbax did not finish it"]
+        if self._trust and not steps.has_mark(path):
+            return ["Orbax did not finish it"]
         run = steps.run_id(self.folder)
+        if self._trust:
+            # Whose step it is, and which, costs nothing to see.
+            return manifest.verify(path, step=step, run=run, items=()) if _sealed(path) else []
         return manifest.verify(path, step=step, run=run, items=items, seen=self.seen)
 
     def _require(self, step: int, items: Items) -> None:
@@ -149,7 +153,7 @@ class Verified:
                 return step
             wrong[step] = manifest.told(phrases)
         if wrong:
-            told = "; ".join(f"step {step}: {phrase}" for step, phrase in wrong.items())
+            told = "; ".join(_grouped(wrong))
             raise CheckpointError(
                 f"no step in {self.folder} is sound ({told}); put back a copy of one, choose "
                 "another --workdir, or open the newest unverified with --trust"
@@ -162,3 +166,22 @@ class Verified:
                 told = f"note: step {step} in {self.folder} is skipped: {phrase}"
                 print(told, file=sys.stderr)
         self.skipped |= wrong
+
+
+def _sealed(path: pathlib.Path) -> bool:
+    try:
+        manifest.read(path)
+    except manifest.Unsound:
+        return False
+    return True
+
+
+def _grouped(wrong: dict[int, str]) -> list[str]:
+    """What is wrong, each once, with the steps of which it is so."""
+    of: dict[str, list[int]] = {}
+    for step, phrase in wrong.items():
+        of.setdefault(phrase, []).append(step)
+    return [
+        f"step{'s' * (len(steps) > 1)} {', '.join(map(str, steps))}: {phrase}"
+        for phrase, steps in of.items()
+    ]

@@ -71,7 +71,7 @@ def test_three_flags_say_all():
         (by_hand(coordinator=None, process=None), "--processes needs --coordinator and --process "),
         (by_hand(process=4), "--process=4 of --processes=4 does not exist; count from 0"),
         (by_hand(process=-1), "--process=-1 of "),
-        (by_hand(processes=0, process=0), "--process=0 of --processes=0 does not exist"),
+        (by_hand(processes=0, process=0), "--processes=0 are none; give at least 1"),
         (by_hand(coordinator="host"), "--coordinator=host is not HOST:PORT"),
         (by_hand(coordinator="auto"), "--coordinator=auto decides alone; drop --processes"),
         (

@@ -147,6 +147,25 @@ def test_an_older_format_opens_with_trust(run, capsys):
     assert newest(run, capsys) == (7, "")
 
 
+def test_trust_does_not_take_another_step_or_run_for_this_one(run, tmp_path, capsys):
+    save(tmp_path / "other", make(9))
+    shutil.copytree(tmp_path / "other" / "checkpoints" / "9", run / "checkpoints" / "9")
+    (run / "checkpoints" / "6").rename(run / "checkpoints" / "8")
+    with Checkpoints(run, trust=True) as checkpoints:
+        assert checkpoints.latest() == 3
+    told = capsys.readouterr().err
+    assert "step 9 in " in told
+    assert "is of another run" in told
+    assert "is skipped: it was saved as step 6" in told
+
+
+def test_steps_with_one_fault_are_told_together(run):
+    for step in ("3", "6"):
+        (run / "checkpoints" / step / manifest.NAME).unlink()
+    with pytest.raises(CheckpointError, match=r"\(steps 6, 3: it has no manifest"):
+        Checkpoints(run).latest()
+
+
 def test_each_note_is_told_once(run, capsys):
     os.truncate(run / "checkpoints" / "6" / "commit_success.txt", 0)
     checkpoints = Checkpoints(run)

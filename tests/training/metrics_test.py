@@ -192,9 +192,10 @@ def test_read_errors(tmp_path):
     path.write_text("")
     with pytest.raises(MetricsError, match="does not start with a header"):
         read(path)
-    path.write_text('{"header": {}}\n{"step": 1\n{"step": 2}\n')
-    with pytest.raises(MetricsError, match="line 2 is not JSON"):
-        read(path)
+    for line in ('{"step": 1', "3", "null"):
+        path.write_text('{"header": {}}\n' + line + '\n{"step": 2}\n')
+        with pytest.raises(MetricsError, match=r"line 2 is not JSON of a row, but .* remove that"):
+            read(path)
 
 
 def test_two_files_in_one_second(tmp_path):
