@@ -111,7 +111,7 @@ def test_a_process_that_says_nothing_is_named(circle, victim):
 @pytest.mark.parametrize("victim", [0, 2])
 def test_a_main_thread_that_hangs_is_named_with_its_phase(circle, victim, monkeypatch):
     monkeypatch.setitem(liveness.PHASES, "saving", 0.5)
-    ring = circle(3)
+    ring = circle(3, Limits(behind=0.1))
     for i, host in enumerate(ring.hosts):
         host.at("saving")
         if i != victim:

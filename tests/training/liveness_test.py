@@ -74,6 +74,11 @@ def test_a_long_phase_has_its_own_limit(phase):
         assert limit < when <= limit + 2
 
 
+def test_a_limit_that_is_raised_holds_in_every_phase():
+    pulse = Pulse(range(2), 0.0, Limits.of({"MESHWORK_STALL_SECONDS": "1900"}))
+    assert run(pulse, 1800, lambda now: {0: at(5), 1: at(4, "saving")}) is None
+
+
 def test_the_one_that_is_furthest_behind_is_named():
     pulse = Pulse(range(3), 0.0, Limits())
     _, (process, _) = run(pulse, 100, lambda now: {0: at(9), 1: at(8), 2: at(7)})
