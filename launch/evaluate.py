@@ -7,9 +7,7 @@ ABOUT = "Scores the latest checkpoint in --workdir on the files held out of its 
 FLAGS = {
     "rows": Key(int, None, True, (), "held-out rows to read; none is all"),
     "batch": Key(int, None, True, (), "rows at a time; none is as in training"),
-    "trust": Key(
-        bool, False, False, (), "open the newest checkpoint without verifying its checksums"
-    ),
+    **flags.OPENING,
 }
 
 

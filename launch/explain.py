@@ -17,11 +17,10 @@ from launch import setup
 from parallel import mesh as meshes
 from parallel import zero
 from parallel.named import find
-from parallel.rules import RULES
+from parallel.rules import RULES, Layout, layout_of
 from training import program as programs
 from training.program import Program
 
-Layout = tuple[tuple[str, ...], ...]  # mesh axes a dimension
 NOTE = (
     "A dimension shows its name, size and the mesh axes of several devices that split it.",
     "Names as in heads|ffn: nothing was declared, and these are the rules that give the layout.",
@@ -187,8 +186,7 @@ def _row(name, array, axes=None, rule=None, scans=()) -> Row:
 
 
 def _layout(array) -> Layout:
-    entries = (*array.sharding.spec, *[None] * array.ndim)[: array.ndim]
-    return tuple(e if isinstance(e, tuple) else () if e is None else (e,) for e in entries)
+    return layout_of(array.sharding.spec, array.ndim)
 
 
 def _rule(name: str | None, mesh) -> tuple[str, ...]:

@@ -9,9 +9,8 @@ from collections.abc import Iterator, Mapping
 
 from ml_collections import ConfigDict
 
+from launch.provenance import ROOT
 from launch.schema import UsageError
-
-ROOT = pathlib.Path(__file__).resolve().parents[1]
 
 
 def find(path: str, root: pathlib.Path = ROOT) -> pathlib.Path:

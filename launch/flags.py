@@ -30,6 +30,13 @@ BEGINNING = {
     "print_params": Key(bool, False, False, (), "print the table of parameters, and stop"),
 }
 
+# Of commands that open a checkpoint.
+OPENING = {
+    "trust": Key(
+        bool, False, False, (), "open the newest checkpoint without verifying its checksums"
+    ),
+}
+
 
 @dataclasses.dataclass(frozen=True)
 class Parsed:

@@ -17,9 +17,7 @@ FLAGS = {
     "top_k": Key(int, None, True, (), "draw among this many likeliest tokens"),
     "top_p": Key(float, 0.95, False, (), "draw among the likeliest with this much probability"),
     "seed": Key(int, 0, False, (), "of the draws"),
-    "trust": Key(
-        bool, False, False, (), "open the newest checkpoint without verifying its checksums"
-    ),
+    **flags.OPENING,
 }
 
 

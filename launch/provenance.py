@@ -5,10 +5,10 @@ import os
 import pathlib
 import platform
 import subprocess
+from collections.abc import Iterable
 from importlib import metadata
 
-from launch.files import ROOT
-
+ROOT = pathlib.Path(__file__).resolve().parents[1]
 PACKAGES = ("jax", "flax", "optax", "orbax-checkpoint")
 RESULTS = "experiments/results"  # written from runs and read by none, so it changes no number
 
@@ -40,10 +40,9 @@ def processor() -> dict:
     return {"kind": next(names, platform.machine()), "cores": cores()}
 
 
-def versions() -> dict[str, str]:
+def versions(packages: Iterable[str] = PACKAGES) -> dict[str, str]:
     """Of Python, whose library is the quickstart's corpus, and of what computes and saves."""
-    packages = {name: metadata.version(name) for name in PACKAGES}
-    return {"python": platform.python_version()} | packages
+    return {"python": platform.python_version()} | {n: metadata.version(n) for n in packages}
 
 
 def cores() -> int:

@@ -26,11 +26,10 @@ import shlex
 from collections.abc import Iterator, Mapping
 
 from analysis.compare import KINDS, Rule
-from analysis.records import leaves
 from analysis.records import read as read_run
 from analysis.studies import lacks
 from launch.config import resolve
-from launch.files import find, load
+from launch.files import find, leaves, load
 from launch.schema import UsageError, spell
 
 NAMED = re.compile(r"\w[\w.]*")

@@ -12,20 +12,18 @@ import threading
 import time
 import traceback
 from collections.abc import Iterator, Mapping
-from importlib import metadata
 from pathlib import Path
 from typing import Any
 
 import jax
 
 from launch import provenance, rollcall, tunnel
-from launch.files import ROOT
+from launch.files import ROOT, leaves
 from launch.port import is_loopback
 from launch.rollcall import Place
 from launch.setup import explain
 from training.hosts import Alone, Hosts, TogetherError, end
 from training.liveness import Limits
-from training.metrics import dotted
 
 # Of errors: the watchdog, which knows of a lost process, may speak first. JAX's own error about a
 # stalled one comes before the watchdog is sure.
@@ -53,7 +51,7 @@ def joined(
         yield Alone()
         return
     limits = Limits.of()
-    hosts = rollcall.call(place, facts(dict(dotted(config)) | own), workdir, limits=limits)
+    hosts = rollcall.call(place, facts(dict(leaves(config)) | own), workdir, limits=limits)
     try:
         yield hosts
     except TogetherError:
@@ -67,9 +65,9 @@ def joined(
 
 def facts(config: Mapping) -> dict[str, Mapping]:
     """What must be the same on every host, by section of launch.roll.FIXES."""
-    packages = ("jax", "jaxlib", "numpy")
+    packages = (*provenance.PACKAGES, "jaxlib", "numpy")
     return {
-        "versions": provenance.versions() | {name: metadata.version(name) for name in packages},
+        "versions": provenance.versions(packages),
         "platforms": {"JAX_PLATFORMS": os.environ.get("JAX_PLATFORMS")},
         "sources": sources(ROOT),
         "config": config,

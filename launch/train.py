@@ -23,9 +23,7 @@ FLAGS = {
         *(bool, False, False, ()),
         "go on although keys changed that decide what is computed (optim.lr); it is recorded",
     ),
-    "trust": Key(
-        bool, False, False, (), "open the newest checkpoint without verifying its checksums"
-    ),
+    **flags.OPENING,
     "explain": Key(
         bool, False, False, (), "print how every array lies on the devices of config.mesh, and stop"
     ),
@@ -36,10 +34,12 @@ def main() -> None:
     parsed = flags.parse(prog="train", about=ABOUT, flags=FLAGS | cluster.FLAGS)
     platform.choose()
     # Only now may jax be imported: its platforms are chosen.
-    from launch import explain, setup, together
+    from launch import setup, together
 
     with setup.one_sentence("train"):
         if parsed.flags.explain:
+            from launch import explain
+
             explain.explain(parsed.config)
             return
         folder = setup.workdir(parsed.flags, parsed.flags.config)

@@ -5,19 +5,13 @@ the transpose scatters their gradients, and nothing else in the model knows of i
 """
 
 import jax
-from jax.sharding import PartitionSpec
 
-from parallel.rules import explicit_axes
+from parallel.rules import explicit_axes, layout_of, of_layout
 
 
 def gather(x: jax.Array) -> jax.Array:
     """x with `fsdp` taken out of its sharding; x itself where that axis is not Explicit."""
     if "fsdp" not in explicit_axes():
         return x
-    return jax.reshard(x, PartitionSpec(*map(_without_fsdp, jax.typeof(x).sharding.spec)))
-
-
-def _without_fsdp(entry):
-    names = entry if isinstance(entry, tuple) else (entry,)
-    kept = tuple(name for name in names if name not in ("fsdp", None))
-    return kept[0] if len(kept) == 1 else (kept or None)
+    held = layout_of(jax.typeof(x).sharding.spec)
+    return jax.reshard(x, of_layout(tuple(a for a in axes if a != "fsdp") for axes in held))

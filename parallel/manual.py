@@ -28,6 +28,8 @@ import math
 import jax
 from jax.sharding import PartitionSpec as P
 
+from parallel.rules import layout_of
+
 
 def manual(fn, axes, in_specs, out_specs, *, check=True):
     """`fn` over the shards of `axes`, entering only the axes that are not manual already.
@@ -104,7 +106,7 @@ def _over_the_rest(op, x, axis, dim):
     if not mesh.explicit_axes:
         return op(x)
     spec = jax.typeof(x).sharding.spec
-    spec = P(*_dims(spec, x.ndim))
+    spec = P(*layout_of(spec, x.ndim))
     if spec[dim]:
         raise ValueError(
             f"Dimension {dim} of {x.shape} is divided over {spec[dim]} besides {axis!r}."
@@ -154,24 +156,15 @@ def _checked(mesh):
     return axis in jax.typeof(jax.lax.axis_index(axis)).mat.varying
 
 
-def _names(entry):
-    return () if entry is None else entry if isinstance(entry, tuple) else (entry,)
-
-
-def _dims(spec, ndim):
-    """A spec's entries as one tuple of names a dimension, empty ones added up to `ndim`."""
-    return tuple(_names(e) for e in spec) + ((),) * (ndim - len(spec))
-
-
 def _keep(spec, axes):
-    return P(*(tuple(a for a in _names(e) if a in axes) for e in spec))
+    return P(*(tuple(a for a in names if a in axes) for names in layout_of(spec)))
 
 
 def _check_specs(wanted, specs):
     for spec in jax.tree.leaves(specs):
         if not isinstance(spec, P):
             raise TypeError(f"A spec must be a PartitionSpec, not {spec!r}.")
-        outside = [a for e in spec for a in _names(e) if a not in wanted]
+        outside = [a for names in layout_of(spec) for a in names if a not in wanted]
         if outside:
             raise ValueError(f"{spec} names {outside}, which is not among the axes {wanted}.")
 
@@ -181,7 +174,7 @@ def _place(mesh, new, x, spec):
     kind = jax.typeof(x)
     if len(spec) > kind.ndim:
         raise ValueError(f"{spec} has more entries than {kind.str_short()} has dimensions.")
-    wanted = _dims(spec, kind.ndim)
+    wanted = layout_of(spec, kind.ndim)
     for i, names in enumerate(wanted):
         parts = math.prod(mesh.shape[a] for a in names)
         if kind.shape[i] % parts:
@@ -189,7 +182,7 @@ def _place(mesh, new, x, spec):
                 f"Dimension {i} of {kind.str_short()} does not divide by "
                 f"{' x '.join(f'{a}={mesh.shape[a]}' for a in names)}."
             )
-    present = _dims(kind.sharding.spec, kind.ndim)
+    present = layout_of(kind.sharding.spec, kind.ndim)
     target = tuple(
         tuple(a for a in w if a in mesh.explicit_axes) + tuple(a for a in p if a not in new)
         for w, p in zip(wanted, present, strict=True)

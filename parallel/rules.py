@@ -1,12 +1,14 @@
 """Which mesh axes a named dimension is split over: the one table that decides every sharding."""
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 
 import jax
 from jax.sharding import AxisType, PartitionSpec
 
 MESH_AXES = ("replica", "data", "fsdp", "stage", "context", "expert", "tensor")
+
+Layout = tuple[tuple[str, ...], ...]  # mesh axes a dimension
 
 # A weight's D goes to fsdp and an activation's D to nothing, so activations name None there.
 RULES: dict[str, tuple[str, ...]] = {
@@ -54,8 +56,20 @@ def partition(*names: str | None, axes=frozenset(MESH_AXES)) -> PartitionSpec:
                     f"would both be split over mesh axis {axis!r}; name one of them None"
                 )
             owner[axis] = dim
-        entries.append(mine[0] if len(mine) == 1 else (mine or None))
-    return PartitionSpec(*entries)
+        entries.append(mine)
+    return of_layout(entries)
+
+
+def layout_of(spec: PartitionSpec, ndim: int | None = None) -> Layout:
+    """A spec with one tuple of mesh axes a dimension, empty ones added up to `ndim`."""
+    read = lambda entry: entry if isinstance(entry, tuple) else () if entry is None else (entry,)
+    entries = tuple(map(read, spec))
+    return entries + ((),) * (0 if ndim is None else ndim - len(entries))
+
+
+def of_layout(layout: Iterable[tuple[str, ...]]) -> PartitionSpec:
+    """`layout_of` undone, in the one spelling that JAX's own specs have."""
+    return PartitionSpec(*(axes[0] if len(axes) == 1 else axes or None for axes in layout))
 
 
 def ways(mesh, name: str | None) -> int:
@@ -104,8 +118,7 @@ def constrain(x: jax.Array, *names: str | None) -> jax.Array:
 
 def _check_fits(shape, names, target: PartitionSpec) -> None:
     mesh = jax.sharding.get_abstract_mesh()
-    for dim, (size, name, entry) in enumerate(zip(shape, names, target, strict=True)):
-        axes = entry if isinstance(entry, tuple) else () if entry is None else (entry,)
+    for dim, (size, name, axes) in enumerate(zip(shape, names, layout_of(target), strict=True)):
         if size % math.prod(mesh.shape[axis] for axis in axes):
             over = " x ".join(f"{axis}={mesh.shape[axis]}" for axis in axes)
             raise ValueError(

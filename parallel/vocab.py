@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import PartitionSpec as P
 
-from parallel.rules import explicit_axes
+from parallel.rules import explicit_axes, layout_of
 
 
 def look_up(table: jax.Array, ids: jax.Array, out: P | None) -> jax.Array:
@@ -68,8 +68,8 @@ def _whole(table, out: P | None):
 
 def _divided(W: int, axes, places: P):
     """(table, ids) -> rows, of a table whose W lies over `axes`, for ids that lie at `places`."""
-    batch = tuple(name for entry in places for name in _names(entry))
-    if both := set(_names(axes)) & set(batch):
+    batch = tuple(name for names in layout_of(places) for name in names)
+    if both := set(layout_of(P(axes))[0]) & set(batch):
         raise ValueError(
             f"Rows of a table and the ids to look up are both divided over {sorted(both)}."
         )
@@ -131,11 +131,7 @@ def _varying(args) -> frozenset:
     return frozenset().union(*(jax.typeof(x).manual_axis_type.varying for x in args))
 
 
-def _names(entry) -> tuple[str, ...]:
-    return entry if isinstance(entry, tuple) else () if entry is None else (entry,)
-
-
 def _size(entry) -> int:
     """Over how many devices a dimension with this entry in its spec is divided."""
     mesh = jax.sharding.get_abstract_mesh()
-    return math.prod(mesh.shape[name] for name in _names(entry))
+    return math.prod(mesh.shape[name] for name in layout_of(P(entry))[0])

@@ -35,7 +35,7 @@ import jax
 from jax.sharding import PartitionSpec as P
 
 from parallel.manual import manual
-from parallel.rules import partition, ways
+from parallel.rules import layout_of, of_layout, partition, ways
 from parallel.scattered import Stacked, land, part, scatter, scattered, total
 from parallel.weight import Table
 
@@ -109,7 +109,7 @@ def dimension(spec: P, shape: tuple[int, ...], mesh, layers: int = 0) -> int | N
     (the first `layers`) only where no other divides, because loops over layers take it apart.
     """
     N, best = mesh.shape["data"], None
-    for i, (size, names) in enumerate(zip(shape, _names(spec, len(shape)), strict=True)):
+    for i, (size, names) in enumerate(zip(shape, layout_of(spec, len(shape)), strict=True)):
         here, rest = divmod(size, math.prod(mesh.shape[name] for name in names))
         rank = (i >= layers, here)
         if not rest and here and here % N == 0 and (best is None or rank > best[0]):
@@ -122,11 +122,11 @@ def beside(spec: P, dim: int) -> P:
 
     Raises ValueError where `spec` is split over `data` already.
     """
-    entries = list(_names(spec, dim + 1))
+    entries = list(layout_of(spec, dim + 1))
     if any("data" in names for names in entries):
         raise ValueError(f"{spec} is split over 'data' already, and cannot be once more.")
     entries[dim] += ("data",)
-    return P(*(names[0] if len(names) == 1 else names or None for names in entries))
+    return of_layout(entries)
 
 
 def make(stage: str, weights: Table, mesh) -> Replicated:
@@ -220,9 +220,3 @@ def _use(value, part, leaf):
     # A stack whose layers themselves are divided is scattered when the loop over them has ended.
     inside = leaf.layers and leaf.dim >= leaf.layers
     return Stacked(value, part, dim) if inside else scattered(dim, value, part)
-
-
-def _names(spec, ndim):
-    """A spec's entries as one tuple of names a dimension."""
-    entries = [() if e is None else e if isinstance(e, tuple) else (e,) for e in spec]
-    return (*entries, *[()] * (ndim - len(entries)))

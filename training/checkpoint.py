@@ -15,7 +15,8 @@ from typing import Any
 
 import jax
 
-from training.leaves import assemble, aux_keys, differences, items, placed, shapes
+from training.leaves import assemble, aux_keys, items, misfits, placed, shapes
+from training.manifest import told
 from training.quiet import cause, orbax, together
 from training.saver import Saver
 from training.state import TrainState
@@ -134,7 +135,7 @@ class Checkpoints:
 
         def read(path: pathlib.Path) -> tuple[TrainState, dict[str, Any]]:
             meta = _meta(path)
-            _check(path, {name: differences(meta["shapes"][name], wanted[name]) for name in wanted})
+            _check(path, misfits(meta["shapes"], wanted))
             found = {name: _read(path / name, part) for name, part in wanted.items()}
             return assemble(abstract_state, found), meta
 
@@ -167,7 +168,7 @@ class Checkpoints:
             like = abstract
             if like is None:
                 like = {k: jax.ShapeDtypeStruct(s, dtype) for k, (dtype, s) in saved.items()}
-            _check(path, {aux or item: differences(saved, like)})
+            _check(path, misfits({aux or item: saved}, {aux or item: like}))
             found = _read(path / item, {keys[name]: leaf for name, leaf in like.items()})
             return {name: found[keys[name]] for name in like}, meta
 
@@ -199,11 +200,9 @@ def _read(path: pathlib.Path, leaves: dict[str, Any]) -> dict[str, jax.Array]:
         raise CheckpointError(f"{path} cannot be read: {cause(error)}") from error
 
 
-def _check(path: pathlib.Path, wrong: dict[str, list[str]]) -> None:
-    phrases = [f"{item}: {phrase}" for item, phrases in wrong.items() for phrase in phrases]
-    if phrases:
-        more = f"; and {len(phrases) - NAMED} more" if len(phrases) > NAMED else ""
-        raise CheckpointError(f"{path} does not fit: {'; '.join(phrases[:NAMED])}{more}")
+def _check(path: pathlib.Path, wrong: list[str]) -> None:
+    if wrong:
+        raise CheckpointError(f"{path} does not fit: {told(wrong, NAMED)}")
 
 
 def _json(meta: dict[str, Any]) -> dict[str, Any]:

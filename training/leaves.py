@@ -61,6 +61,15 @@ def differences(saved: Shapes, leaves: Leaves) -> list[str]:
     return missing + extra + other
 
 
+def misfits(saved: dict[str, Shapes], wanted: dict[str, Leaves]) -> list[str]:
+    """`differences` of several items, which each phrase begins with."""
+    return [
+        f"{item}: {phrase}"
+        for item, leaves in wanted.items()
+        for phrase in differences(saved[item], leaves)
+    ]
+
+
 def _spell(entry: list) -> str:
     dtype, shape = entry
     return f"{dtype}[{' '.join(map(str, shape))}]"

@@ -147,10 +147,10 @@ def remember(folder: pathlib.Path, manifest: Manifest, seen: Seen) -> None:
             seen[manifest.digest, path] = stat
 
 
-def told(phrases: list[str]) -> str:
+def told(phrases: list[str], named: int = NAMED) -> str:
     """Several phrases as one; long lists are cut."""
-    more = f"; and {len(phrases) - NAMED} more" if len(phrases) > NAMED else ""
-    return "; ".join(phrases[:NAMED]) + more
+    more = f"; and {len(phrases) - named} more" if len(phrases) > named else ""
+    return "; ".join(phrases[:named]) + more
 
 
 def listing(folder: pathlib.Path) -> list[str]:

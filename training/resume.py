@@ -8,6 +8,7 @@ from collections.abc import Iterator, Mapping
 
 import jax
 
+from training import manifest
 from training.changes import (
     LAYOUT,
     STRETCHING,
@@ -20,11 +21,9 @@ from training.changes import (
     told,
 )
 from training.checkpoint import CheckpointError, Checkpoints
-from training.leaves import differences, items
+from training.leaves import items, misfits
 from training.run import Run
 from training.state import TrainState, to_int
-
-SHAPES = 3  # leaves named in one sentence
 
 
 def begin(checkpoints: Checkpoints, job: Run) -> tuple[TrainState, int, dict]:
@@ -45,28 +44,31 @@ def begin(checkpoints: Checkpoints, job: Run) -> tuple[TrainState, int, dict]:
     old = meta["header"]
     changed = changes(old["config"], new["config"])
     kinds = by_kind(changed, heard=job.data.hears == "validation")
+    others = bool(kinds[Kind.CORPUS]) or old["fingerprint"] != new["fingerprint"]
     _refuse_shapes(meta["shapes"], changed, job)
     _refuse_changes(kinds, job)
     _refuse_tokenizer(old, job)
     _refuse_corpus(old, job)
     state, _ = checkpoints.restore(step, job.program.state)
     first, position = int(state.step), to_int(state.position)
-    history = _history(old, kinds, job, first, position)
-    accepted = len(history["corpora"]) > len(old.get("corpora", [0]))
-    _load(job, meta.get("data"), changed, accepted)
+    history = _history(old, kinds, others, job, first, position)
+    _load(job, meta.get("data"), changed, others)
     _enough_rows(job, first, position)
     return state, first, new | history
 
 
 def _history(
-    old: Mapping, kinds: Mapping[Kind, Changed], job: Run, first: int, position: int
+    old: Mapping, kinds: Mapping[Kind, Changed], others: bool, job: Run, first: int, position: int
 ) -> dict:
-    """The header's `corpora` and `changes` with what is new, of which this tells."""
+    """The header's `corpora` and `changes` with what is new, of which this tells.
+
+    others: whether other rows follow, of another corpus or mixture.
+    """
     corpora, past = old.get("corpora", [_corpus(old, 0)]), old.get("changes", [])
     harmless, rows = kinds[Kind.HARMLESS], kinds[Kind.CORPUS]
     if harmless and job.config["steps"] > first:
         _note(f"going on from step {first:,} with other keys{told(harmless)}")
-    if rows or old["fingerprint"] != job.header["fingerprint"]:
+    if others:
         of_data = lambda key: key.startswith("data.") and not LAYOUT.fullmatch(key)
         rows = rows | {key: both for key, both in harmless.items() if of_data(key)}
         corpora = [*corpora, _corpus(job.header, position) | {"changed": rows}]
@@ -86,13 +88,10 @@ def _corpus(header: Mapping, row: int) -> dict:
 
 
 def _refuse_shapes(saved: Mapping, changed: Changed, job: Run) -> None:
-    parts = items(job.program.state)
-    wrong = [f"{n}: {phrase}" for n in parts for phrase in differences(saved[n], parts[n])]
-    if wrong:
-        more = f"; and {len(wrong) - SHAPES} more" if len(wrong) > SHAPES else ""
+    if wrong := misfits(saved, items(job.program.state)):
         raise CheckpointError(
             f"{job.workdir} holds a run of other shapes{told(changed)}; undo that or choose "
-            f"another --workdir ({'; '.join(wrong[:SHAPES])}{more})"
+            f"another --workdir ({manifest.told(wrong)})"
         )
 
 

@@ -15,7 +15,7 @@ import shlex
 import sys
 from collections.abc import Collection, Mapping, Sequence
 
-from launch import platform
+from launch import platform, provenance
 from launch.bench import measure
 from launch.schema import Key, Section, UsageError, methods
 
@@ -46,7 +46,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 def benchmarks(mentioned: Collection[str] = ()) -> dict[str, dict[str, Key]]:
     """{name: {flag: Key}} of the files in this folder that are benchmarks."""
-    return methods(measure.ROOT, BENCHMARKS, mentioned)
+    return methods(provenance.ROOT, BENCHMARKS, mentioned)
 
 
 def parse(argv: Sequence[str]) -> tuple[str, dict, str | None]:
@@ -88,7 +88,7 @@ def usage() -> str:
     """What --help prints: every benchmark with its flags."""
     lines = ["usage: uv run bench NAME [--FLAG=VALUE ...]", ""]
     for name, own in benchmarks().items():
-        source = (measure.ROOT / BENCHMARKS.source(name)).read_text(encoding="utf-8")
+        source = (provenance.ROOT / BENCHMARKS.source(name)).read_text(encoding="utf-8")
         lines += [f"{name}: {ast.get_docstring(ast.parse(source)).splitlines()[0]}"]
         lines += [_flag(flag, key) for flag, key in own.items()] + [""]
     lines += ["all:", *(_flag(flag, key) for flag, key in COMMON.items())]

@@ -3,16 +3,13 @@
 import dataclasses
 import math
 import os
-import pathlib
-import platform
 import statistics
-import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from importlib import metadata
+from collections.abc import Callable, Mapping, Sequence
 
-ROOT = pathlib.Path(__file__).resolve().parents[2]
+from launch import provenance
+
 PACKAGES = ("jax", "jaxlib", "numpy", "flax", "optax")
 Samples = dict[str, list[float]]
 
@@ -172,12 +169,11 @@ def record(report: Report, name: str, command: str, load: Sequence[float]) -> di
     return {
         "benchmark": name,
         "command": command,
-        "commit": commit(),
+        "commit": provenance.commit(),
         "time": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
         "device": device(),
         "load_before": list(load),
-        "versions": {"python": platform.python_version()}
-        | {package: metadata.version(package) for package in PACKAGES},
+        "versions": provenance.versions(PACKAGES),
         "title": report.title,
         "notes": list(report.notes),
         "rows": [row.record() for row in report.rows],
@@ -194,26 +190,6 @@ def device() -> dict:
         "platform": devices[0].platform,
         "kind": devices[0].device_kind,
         "count": len(devices),
-        "processor": next(_processors(), platform.machine()),
+        "processor": provenance.processor()["kind"],
         "cores": os.cpu_count(),
     }
-
-
-def _processors() -> Iterator[str]:
-    path = pathlib.Path("/proc/cpuinfo")
-    lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
-    yield from (line.partition(": ")[2] for line in lines if line.startswith("model name"))
-
-
-def commit() -> str | None:
-    """The commit of the repository, marked where files differ from it; None outside of git."""
-    try:
-        head = _git("rev-parse", "HEAD")
-        return f"{head}, changed" if _git("status", "--porcelain") else head
-    except (OSError, subprocess.CalledProcessError):
-        return None
-
-
-def _git(*command: str) -> str:
-    done = subprocess.run(["git", *command], cwd=ROOT, capture_output=True, check=True, text=True)
-    return done.stdout.strip()

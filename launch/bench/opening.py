@@ -18,7 +18,8 @@ from collections.abc import Callable
 import numpy as np
 
 from data import shards
-from launch.bench.measure import ROOT, Row
+from launch.bench.measure import Row
+from launch.provenance import ROOT
 from launch.schema import UsageError
 
 PACKINGS = ("pack", "best_fit", "decompose")

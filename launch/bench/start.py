@@ -10,7 +10,8 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping
 
-from launch.bench.measure import ROOT, Row
+from launch.bench.measure import Row
+from launch.provenance import ROOT
 
 IMPORTS = "import launch.flags, launch.report, launch.setup, training.loop"
 SECONDS_AT_MOST = 600

@@ -1,12 +1,11 @@
 """The report of a campaign: a page for people, and every kill for programs."""
 
 import dataclasses
-import platform
 import statistics
 import time
 from collections.abc import Mapping, Sequence
-from importlib import metadata
 
+from launch import provenance
 from launch.bench import measure
 from launch.chaos.record import Tally
 
@@ -28,11 +27,10 @@ def record(tally: Tally, about: Mapping, header: Mapping) -> dict:
     """Everything, as JSON holds it. about: what the command knows of itself."""
     return {
         **about,
-        "commit": measure.commit(),
+        "commit": provenance.commit(),
         "time": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
         "device": measure.device() | header.get("device", {}),
-        "versions": {"python": platform.python_version()}
-        | {package: metadata.version(package) for package in PACKAGES},
+        "versions": provenance.versions(PACKAGES),
         "steps": tally.steps,
         "runs": tally.runs,
         "restarts": tally.restarts,

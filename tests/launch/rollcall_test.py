@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import functools
 import os
 import socket
 import threading
@@ -13,6 +14,7 @@ from launch import port, roll, rollcall
 from launch.port import PortError
 from launch.roll import FIXES, RollCallError
 from launch.rollcall import Place
+from tests.training.circle import together
 from training import watchdog
 from training.follower import Follower
 from training.leader import Leader
@@ -60,33 +62,15 @@ def meet(tmp_path):
         hosts.append(made)
         return made
 
-    yield lambda *calls: together(call, calls)
+    yield lambda *calls: together(
+        *(functools.partial(call, place, **options) for place, options in calls),
+        seconds=SOON,
+    )
     for host in hosts:
         with host._changed:
             host._close()
     for host in hosts:
         host._watchdog.join(SOON)
-
-
-def together(call, calls):
-    results = [None] * len(calls)
-
-    def one(i, place, options):
-        try:
-            results[i] = call(place, **options)
-        except Exception as error:
-            results[i] = error
-
-    threads = [
-        threading.Thread(target=one, args=(i, place, options), daemon=True)
-        for i, (place, options) in enumerate(calls)
-    ]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join(SOON)
-        assert not thread.is_alive()
-    return results
 
 
 def places(port, count, *indices, seconds=20.0, host=HOST):

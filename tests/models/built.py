@@ -7,6 +7,7 @@ import jax
 import numpy as np
 from flax import nnx
 
+from data.batch import Batch
 from models.context import Context
 from models.lm import LM
 from models.param import restore, table
@@ -59,6 +60,24 @@ def packed(lengths, length=12) -> tuple[np.ndarray, np.ndarray]:
             positions[row, start : start + size] = np.arange(size)
             start += size
     return segments, positions
+
+
+def rows(number, A, segments, positions, **fields) -> Batch:
+    """Batch `[A b L]` of the rows of step `number`. fields: inputs, targets, weights `[B L]`."""
+    B = len(segments)
+    whole = Batch(
+        segment_ids=segments,
+        positions=positions,
+        sample=np.stack([np.zeros(B), B * number + np.arange(B)], -1).astype(np.uint32),
+        domain=np.zeros(B, np.int32),
+        **fields,
+    )
+    return jax.tree.map(lambda x: x.reshape(A, B // A, *x.shape[1:]), whole)
+
+
+def place(tree, like):
+    """tree on the devices, laid out as `like` is."""
+    return jax.tree.map(lambda x, like: jax.device_put(x, like.sharding), tree, like)
 
 
 def context(segments, positions, **changes) -> Context:

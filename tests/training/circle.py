@@ -63,7 +63,7 @@ def connected():
         return listening.accept()[0], one
 
 
-def together(*acts):
+def together(*acts, seconds=SOON):
     """What they return, or the errors that they raise, when called at once."""
     results = [None] * len(acts)
 
@@ -77,6 +77,6 @@ def together(*acts):
     for thread in threads:
         thread.start()
     for thread in threads:
-        thread.join(SOON)
+        thread.join(seconds)
         assert not thread.is_alive()
     return results

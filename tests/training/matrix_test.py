@@ -13,11 +13,10 @@ import numpy as np
 import optax
 import pytest
 
-from data.batch import Batch
 from launch.config import resolve
 from parallel import mesh as meshes
 from parallel.replicas import differences
-from tests.models.built import packed
+from tests.models.built import packed, place, rows
 from training import program
 from training.state import TrainState
 
@@ -93,20 +92,15 @@ def _batch(model, number):
         inputs, targets, weights = np.where(masked, MASK, tokens), tokens, masked
     if number % 2 == 0:
         weights = weights & (np.arange(B) >= B // A)[:, None]
-    fields = Batch(
+    return rows(
+        number,
+        A,
+        segments,
+        positions,
         inputs=inputs.astype(np.int32),
         targets=targets.astype(np.int32),
         weights=weights.astype(np.float32),
-        segment_ids=segments,
-        positions=positions,
-        sample=np.stack([np.zeros(B), B * number + np.arange(B)], -1).astype(np.uint32),
-        domain=np.zeros(B, np.int32),
     )
-    return jax.tree.map(lambda x: x.reshape(A, B // A, *x.shape[1:]), fields)
-
-
-def _place(tree, like):
-    return jax.tree.map(lambda x, like: jax.device_put(x, like.sharding), tree, like)
 
 
 @dataclasses.dataclass
@@ -130,11 +124,11 @@ def _run(model, start=None, **sizes) -> Run:
     own = SHARED | MODELS[model]
     with jax.set_mesh(mesh):
         built = program.build(resolve("base", {n: str(x) for n, x in own.items()}), mesh, V)
-        state = built.init() if start is None else _place(start, built.state)
+        state = built.init() if start is None else place(start, built.state)
         start = jax.device_get(state)
-        batches = [_place(_batch(model, number), built.batch) for number in range(STEPS)]
+        batches = [place(_batch(model, number), built.batch) for number in range(STEPS)]
         _, losses, apart = _train(built, state, batches)
-        end, _, again = _train(built, _place(_warm(start), built.state), batches)
+        end, _, again = _train(built, place(_warm(start), built.state), batches)
     return Run(start, losses, end, built.step._cache_size(), apart + again)
 
 

@@ -10,7 +10,7 @@ import pytest
 from data.batch import Batch
 from launch.config import resolve
 from parallel import mesh as meshes
-from tests.models.built import packed
+from tests.models.built import packed, place, rows
 from training import program
 from training.state import to_int
 
@@ -35,20 +35,15 @@ def _batch(number):
     rng = np.random.default_rng(number)
     lengths = [(2,), (), (1, 3), (4,), (12,), (5, 7), (3, 3, 3), (11, 1)]
     segments, positions = packed(lengths)
-    fields = Batch(
+    return rows(
+        number,
+        A,
+        segments,
+        positions,
         inputs=rng.integers(0, V, (B, L), dtype=np.int32),
         targets=rng.integers(0, V, (B, L), dtype=np.int32),
         weights=np.float32(rng.uniform(size=(B, L)) * (segments > 0)),
-        segment_ids=segments,
-        positions=positions,
-        sample=np.stack([np.zeros(B), B * number + np.arange(B)], -1).astype(np.uint32),
-        domain=np.zeros(B, np.int32),
     )
-    return jax.tree.map(lambda x: x.reshape(A, B // A, *x.shape[1:]), fields)
-
-
-def _place(tree, like):
-    return jax.tree.map(lambda x, like: jax.device_put(x, like.sharding), tree, like)
 
 
 @dataclasses.dataclass
@@ -67,13 +62,13 @@ def _run(mesh):
         states = [jax.device_get(state)]
         for number in range(STEPS):
             if number == 3:  # as after a checkpoint
-                state = _place(jax.device_get(state), built.state)
-            state, seen = built.step(state, _place(_batch(number), built.batch))
+                state = place(jax.device_get(state), built.state)
+            state, seen = built.step(state, place(_batch(number), built.batch))
             states.append(jax.device_get(state))
             metrics.append(jax.device_get(seen))
         # A state whose arrays the host has looked at is shared with it on the CPU, not donated.
-        unseen, _ = built.step(state, _place(_batch(0), built.batch))
-        last, _ = built.step(unseen, _place(_batch(0), built.batch))
+        unseen, _ = built.step(state, place(_batch(0), built.batch))
+        last, _ = built.step(unseen, place(_batch(0), built.batch))
         donated = all(leaf.is_deleted() for leaf in jax.tree.leaves(unseen))
         return Run(built, states, metrics, last, donated)
 
@@ -180,7 +175,7 @@ def partly():
         put = lambda name, x: jax.device_put(x, program.batch_sharding(name, mesh, 0))
         micro = Batch(*(put(n, x) for n, x in zip(Batch._fields, micro, strict=True)))
         scored = jax.device_get(built.evaluate(program.parameters(state), micro))
-        state, metrics = built.step(state, _place(_batch(0), built.batch))
+        state, metrics = built.step(state, place(_batch(0), built.batch))
         return built, before, jax.device_get(state), jax.device_get(metrics), scored
 
 
