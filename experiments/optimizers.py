@@ -16,8 +16,9 @@ refuted if all of it lies above -0.005, and undecided otherwise. There is no ver
 order, tokens or FLOPs differ.
 
 COMMAND   uv run sweep experiments/optimizers.py
-COST      45 runs of 768,000 tokens, at about 17,000 tokens/s on one core each, two at a time
-          (Intel Xeon, 2 cores, jax 0.11.2)
+COST      45 runs of 768,000 tokens, two at a time, one core each: about 25 minutes (Intel Xeon,
+          2 cores, jax 0.11.2; measured over the first 30 runs of the committed report, whose last
+          15 shared the machine with other work, as their seconds show)
 FULL      uv run sweep experiments/optimizers.py --config.data.source=tokens
           --config.data.sources.tokens.path=corpora/web --config.data.tokenizer=hf
           --config.data.tokenizers.hf.path=corpora/web --config.data.length=1024
@@ -27,7 +28,7 @@ FULL      uv run sweep experiments/optimizers.py --config.data.source=tokens
           --config.model.dtype=bfloat16 --workdir runs/optimizers_full
           (corpora/web as `uv run tokenize` writes it; 10^10 tokens a run, where the rates of AdamW
           and LAMB want trials again, and power's law should hold as it is)
-EXPECTED  the verdicts of experiments/results/optimizers.md
+EXPECTED  all four claims refuted, as in experiments/results/optimizers.md
 """
 
 from experiments import base
