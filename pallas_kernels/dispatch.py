@@ -5,6 +5,8 @@ differentiate a `shard_map` nested in another that checks its types, so kernels 
 the two rules of a `jax.custom_vjp`, never around one: then nothing differentiates through it.
 """
 
+import functools
+import importlib
 import math
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -24,6 +26,26 @@ def device_kind() -> str:
     """The target's name as its maker gives it, as in 'NVIDIA H200' or 'TPU v5p'."""
     device = get_abstract_mesh().abstract_device
     return jax.devices()[0].device_kind if device is None else device.device_kind
+
+
+def choices(package: str, platforms: Mapping[str, str | None], part: str) -> dict[str, Callable]:
+    """The function `part` of each of a package's modules, for `pick`.
+
+    Args:
+      package: the op's, as in 'pallas_kernels.flash_attention'.
+      platforms: name of a module -> the platform that it is for, None for any.
+      part: name of the function.
+
+    A module is imported when it is called and the target is its platform: what a kernel's language
+    costs to import, up to seconds, is paid where it runs.
+    """
+
+    def call(name, *args, **kwargs):
+        if platforms[name] not in (None, platform()):
+            raise NotImplementedError(f"{name} is for a {platforms[name]}, not a {platform()}.")
+        return getattr(importlib.import_module(f"{package}.{name}"), part)(*args, **kwargs)
+
+    return {name: functools.partial(call, name) for name in platforms}
 
 
 def pick(implementations: Mapping[str, Callable], implementation: str | None, *args, **kwargs):

@@ -3,9 +3,12 @@
 Attention Is All You Need (arXiv 1706.03762), o_i = sum_j softmax_j(q_i . k_j / sqrt(K)) v_j.
 Grouped queries: arXiv 2305.13245. Sliding window: arXiv 2004.05150. Query/key norm: RMSNorm a head
 with a learned scale, before the rotation (arXiv 2302.05442 uses LayerNorm). Soft cap:
-cap * tanh(s / cap) on the scores (Gemma 2, arXiv 2408.00118).
+cap * tanh(s / cap) on the scores (Gemma 2, arXiv 2408.00118). First keys: the mask of LM-Infinite
+(arXiv 2308.16137), without its bound of the distances that positions are rotated by. Sinks: a
+learned logit a head in the softmax's denominator (gpt-oss, arXiv 2508.10925).
 """
 
+import jax
 import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float, Int
@@ -21,14 +24,17 @@ CASES = (
     {"heads": 4, "kv_heads": 2, "qk_norm": True},
     {"heads": 2, "window": 5, "softcap": 20.0},
     {"heads": 4, "rope": False, "bias": True},
+    {"heads": 4, "kv_heads": 2, "window": 4, "first": 3, "sinks": True},
 )
 
 
 class Mixer(nnx.Module):
     """heads: H query heads over kv_heads (G, H when None) of head_dim (K, D / H when None).
 
-    window: tokens seen, oneself included; None means all. rope_original_length is read by the
-    'llama3' scaling only. implementation: of the kernel, None lets the platform decide.
+    window: tokens seen, oneself included; None means all. first: tokens at the start of a document
+    that are seen from beyond the window too. sinks: whether a head may attend to nothing.
+    rope_original_length is read by the 'llama3' scaling only. implementation: of the kernel, None
+    lets the platform decide.
     """
 
     modes = frozenset({"causal", "bidirectional"})
@@ -49,7 +55,9 @@ class Mixer(nnx.Module):
         rope_original_length: int = 8192,
         qk_norm: bool = False,
         window: int | None = None,
+        first: int = 0,
         softcap: float | None = None,
+        sinks: bool = False,
         bias: bool = False,
         implementation: str | None = None,
     ):
@@ -62,13 +70,19 @@ class Mixer(nnx.Module):
             raise ValueError(
                 f"{H} heads do not divide into groups over {G} kv_heads; G must divide H"
             )
+        if first and window is None:
+            raise ValueError(
+                f"first counts tokens seen from beyond the window, but there is none: set window, "
+                f"or first to 0 and not {first}"
+            )
         K = head_dim or D // H
         if rope and K % 2:
             raise ValueError(f"rotary positions need an even head_dim and it is {K}")
         self.scaling = (
             (rope_base, rope_scaling, rope_factor, rope_original_length) if rope else None
         )
-        self.window, self.softcap, self.implementation = window, softcap, implementation
+        self.window, self.first, self.softcap = window, first, softcap
+        self.implementation = implementation
         fans = dict(fan_in=(0,), fan_out=(1, 2), init=dims.normal(D))
         self.q = param(rngs, (D, H, K), ("embed", "heads", None), **fans)
         kv_fans = fans | dict(fan_out=(2, 3), stack=(1,))
@@ -79,6 +93,7 @@ class Mixer(nnx.Module):
         self.q_bias = param(rngs, (H, K), ("heads", None), **vector) if bias else None
         self.kv_bias = param(rngs, (2, G, K), (None, "heads", None), **vector) if bias else None
         self.out_bias = param(rngs, (D,), (None,), **vector) if bias else None
+        self.sinks = param(rngs, (H,), ("heads",), **vector) if sinks else None
         self.q_norm = Norm(K, rngs=rngs) if qk_norm else None
         self.k_norm = Norm(K, rngs=rngs) if qk_norm else None
 
@@ -108,7 +123,9 @@ class Mixer(nnx.Module):
             kv_segments=ctx.segment_ids,
             causal=ctx.causal,
             window=self.window,
+            first=self.first,
             softcap=self.softcap,
+            sinks=None if self.sinks is None else self.sinks[...],
             implementation=self.implementation,
         )
         return self._write(o, ctx)
@@ -121,7 +138,7 @@ class Mixer(nnx.Module):
     def masked_flops(self, length: int) -> float:
         """Forward FLOPs a token of the reference on pairs that a causal mask forbids.
 
-        Scores and weighted sum cost 4 H K a pair, and of L keys a token sees the last min(i, w).
+        Scores and weighted sum cost 4 H K a pair, and of L keys a token sees min(i, w + first).
         Packing is ignored, as is usual.
         """
         H, K = self.q.shape[-2:]
@@ -135,10 +152,10 @@ class Mixer(nnx.Module):
         return 2 * G * K * self._slots(length)
 
     def _slots(self, length: int) -> int:
-        return length if self.window is None else min(self.window, length)
+        return length if self.window is None else min(self.first + self.window, length)
 
     def init_cache(self, B: int, length: int, dtype: str) -> dict[str, Array]:
-        """Keys and values of the last `window` tokens, position p in slot p % T."""
+        """Keys and values of the `first` tokens, and of the last `window` others in a ring."""
         _, G, K = self.kv.shape[-3:]
         shape, layout = (B, self._slots(length), G, K), spec("batch", None, "heads", None)
         return {name: jnp.zeros(shape, dtype, out_sharding=layout) for name in ("k", "v")}
@@ -147,7 +164,8 @@ class Mixer(nnx.Module):
         """As `__call__` on right-padded prompts that start at position 0, filling the cache."""
         q, k, v = self._project(x, ctx)
         last = jnp.sum(ctx.valid, 1) - 1
-        source = jnp.clip(_held(last, cache["k"].shape[1]), 0, x.shape[1] - 1)[:, :, None, None]
+        held = _held(last, cache["k"].shape[1], self.first)
+        source = jnp.clip(held, 0, x.shape[1] - 1)[:, :, None, None]
         along = lambda a, at: jnp.take_along_axis(a, at, 1)
         pick = automatic(along, "batch", None, "heads", None)
         held = {n: pick(a, source) for n, a in (("k", k), ("v", v))}
@@ -158,7 +176,7 @@ class Mixer(nnx.Module):
         """One token a row at ctx.positions `[B 1]`, against the cache."""
         q, k, v = self._project(x, ctx)
         now, T = ctx.positions[:, 0], cache["k"].shape[1]
-        here = (jnp.arange(T)[None] == now[:, None] % T)[:, :, None, None]
+        here = (_held(now, T, self.first) == now[:, None])[:, :, None, None]
         cache = {
             n: jnp.where(here, a.astype(cache[n].dtype), cache[n]) for n, a in (("k", k), ("v", v))
         }
@@ -172,14 +190,28 @@ class Mixer(nnx.Module):
         q = q.astype(jnp.float32) * K**-0.5
         s = jnp.einsum("bgrk,btgk->bgrt", q, cache["k"].astype(jnp.float32))
         s = s if self.softcap is None else self.softcap * jnp.tanh(s / self.softcap)
-        seen = _held(now, T) >= 0
-        p = jnp.where(seen[:, None, None], jnp.exp(s - jnp.max(s, -1, keepdims=True)), 0.0)
-        p = p / jnp.sum(p, -1, keepdims=True)
+        seen = _held(now, T, self.first) >= 0
+        s = jnp.where(seen[:, None, None], s, -jnp.inf)
+        if self.sinks is None:
+            p = jax.nn.softmax(s, -1)
+        else:
+            sinks = self.sinks[...].reshape(
+                1, G, H // G, 1, out_sharding=spec(None, "heads", None, None)
+            )
+            lse = jax.nn.logsumexp(s, -1, keepdims=True)
+            p = jnp.exp(s - jnp.logaddexp(lse, sinks))
         o = jnp.einsum("bgrt,btgk->bgrk", p, cache["v"].astype(jnp.float32))
         o = o.reshape(B, 1, H, K, out_sharding=spec("batch", None, "heads", None))
         return o.astype(cache["v"].dtype)
 
 
-def _held(last: Int[Array, "B"], T: int) -> Int[Array, "B T"]:
-    """The position that each slot holds once position `last` is written; negative where none is."""
-    return last[:, None] - (last[:, None] - jnp.arange(T)[None]) % T
+def _held(last: Int[Array, "B"], T: int, first: int) -> Int[Array, "B T"]:
+    """The position that each slot holds once position `last` is written; negative where none is.
+
+    Position p < first is in slot p, and the ring of the W = T - first others holds p in slot
+    first + (p - first) % W. Where all positions have a slot, the ring has one at least.
+    """
+    first, last, slot = min(first, T - 1), last[:, None], jnp.arange(T)[None]
+    ring = (last - first) - (last - slot) % (T - first)
+    leading = jnp.where(slot <= last, slot, -1)
+    return jnp.where(slot < first, leading, jnp.where(ring >= 0, first + ring, -1))

@@ -1,6 +1,7 @@
-"""Attention with causality, windows, packed segments, grouped queries and capped scores."""
+"""Attention with causality, windows, packed segments, grouped queries, capped scores and sinks."""
 
 import functools
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -9,11 +10,20 @@ from jax.sharding import PartitionSpec
 from jaxtyping import Array, Float, Int
 
 from pallas_kernels import dispatch
-from pallas_kernels.flash_attention import reference, xla
+from pallas_kernels.flash_attention import sinks as sink
 from pallas_kernels.flash_attention.reference import Options
 
-# In the order in which implementation=None tries them. Each offers `forward` and `backward`.
-IMPLEMENTATIONS = {"xla": xla, "reference": reference}
+# The modules, in the order in which implementation=None tries them, and the platform of those that
+# are for one. Each offers `forward` and `backward`, those in TUNED also `Config`. On a GPU cuDNN is
+# tried before pallas_gpu, which no GPU has timed yet.
+IMPLEMENTATIONS = {
+    "pallas_tpu": "tpu",
+    "cudnn": "gpu",
+    "pallas_gpu": "gpu",
+    "xla": None,
+    "reference": None,
+}
+TUNED = ("pallas_tpu", "pallas_gpu")
 # Dimensions that a kernel needs in one piece.
 WHOLE = {0: {1: "length of q", 3: "head size of q"}, 1: {1: "length of k", 3: "head size of k"}}
 WHOLE |= {2: {1: "length of v", 3: "head size of v"}}
@@ -29,19 +39,26 @@ def flash_attention(
     kv_segments: Int[Array, "B S"] | None = None,
     causal: bool = True,
     window: int | None = None,
+    first: int = 0,
     softcap: float | None = None,
     scale: float | None = None,
+    sinks: Float[Array, "H"] | None = None,
     return_lse: bool = False,
     implementation: str | None = None,
+    config: Any = None,
 ) -> Float[Array, "B L H V"] | tuple[Float[Array, "B L H V"], Float[Array, "B L H"]]:
     """Softmax attention, `o_i = sum_j exp(s_ij - lse_i) v_j`, `lse_i = log sum_j exp(s_ij)`.
 
     `s_ij = cap(scale q_i . k_j)` over the keys j that query i sees, `cap(s) = c tanh(s / c)` with a
     softcap c. Query i stands at the keys' position `i + S - L` (aligned at the end); it sees key j
     if all of these hold: causal: `j <= i + S - L`; window w: `i + S - L - j < w`, and without
-    causal also `j - i - S + L < w`; segments: both have the same one, and it is not 0. A query that
-    sees nothing has o = 0, lse = -inf and gives no gradient. Query head h reads key head
-    `h // (H / G)`. Sums, softmax and lse are float32; products are of the inputs' dtype.
+    causal also `j - i - S + L < w`, or else j is among the `first` keys of its document (of the row
+    without segments); segments: both have the same one, and it is not 0. A query that sees nothing
+    has o = 0, lse = -inf and gives no gradient. Query head h reads key head `h // (H / G)`. Sums,
+    softmax and lse are float32; products are of the inputs' dtype.
+
+    With sinks, lse_i is `log(exp(sink_h) + sum_j exp(s_ij))`; a query that sees nothing then has
+    o = 0 and lse = sink_h.
 
     Under Explicit mesh axes batch and heads may be split; differentiable once, in reverse mode.
     The output and lse bear the checkpoint name 'attention', so that remat can keep them.
@@ -51,37 +68,53 @@ def flash_attention(
       q_segments, kv_segments: documents of a packed row, 0 is padding; both or neither.
       causal: whether a query sees no later key.
       window: number of tokens seen, with one's own; without causal, on each side.
+      first: keys at the start of a document that are seen from beyond the window too.
       softcap: bound of the scores' size.
       scale: factor of the scores, K**-0.5 by default.
+      sinks: one logit a head that takes its share of the softmax and has no value.
       return_lse: whether to return (o, lse); lse has a gradient too.
-      implementation: name in IMPLEMENTATIONS; None takes the first that can.
+      implementation: name in IMPLEMENTATIONS; None takes the first that can, of the target's
+        platform: on a TPU pallas_tpu, on a GPU cudnn, else pallas_gpu; then xla.
+      config: of the named implementation, its module's Config; None lets `tuning.choose` decide.
 
     Returns:
       o [B L H V] in q's dtype, and with return_lse also lse [B L H] float32.
 
     Raises:
-      ValueError: shapes, dtypes or options do not fit, an unknown implementation, or length, head
-        or value dimension split over a mesh axis, or q, k, v split in different ways.
+      ValueError: shapes, dtypes, options or config do not fit, an unknown implementation, or
+        length, head or value dimension split over a mesh axis, or q, k, v split in different ways.
       NotImplementedError: a named implementation cannot do this.
 
-    Source: FlashAttention-2, arXiv 2307.08691; softcap after Gemma 2, arXiv 2408.00118.
+    Source: FlashAttention-2, arXiv 2307.08691; softcap after Gemma 2, arXiv 2408.00118; first
+    after LM-Infinite, arXiv 2308.16137; sinks after gpt-oss, arXiv 2508.10925.
     """
-    _check_shapes(q, k, v, q_segments, kv_segments)
-    _check_options(window, softcap)
+    _check_shapes(q, k, v, q_segments, kv_segments, sinks)
+    _check_options(window, first, softcap)
+    _check_config(config, implementation)
     _check_split(q, k, v)
-    q_segments, kv_segments = (_split_like(x, q) for x in (q_segments, kv_segments))
-    options = Options(causal, window, softcap, q.shape[3] ** -0.5 if scale is None else scale)
-    args = dispatch.vary(q, k, v, q_segments, kv_segments)
+    batch, _, heads, _ = dispatch.spec(q)
+    q_segments, kv_segments = (_split_first(x, batch) for x in (q_segments, kv_segments))
+    if sinks is not None:
+        exact = jnp.promote_types(sinks.dtype, jnp.float32)
+        sinks = _split_first(sinks.astype(exact), heads)
+    scale = q.shape[3] ** -0.5 if scale is None else scale
+    options = Options(causal, window, softcap, scale, first, config, return_lse)
+    args = dispatch.vary(q, k, v, q_segments, kv_segments, sinks)
     o, lse = _attend(options, implementation, *args)
     return (o, lse) if return_lse else o
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
-def _attend(options: Options, implementation: str | None, q, k, v, q_segments, kv_segments):
-    choices = {name: module.forward for name, module in IMPLEMENTATIONS.items()}
-    run = lambda *args: dispatch.pick(choices, implementation, *args, options)
+def _attend(options: Options, implementation: str | None, *args):
+    choices = dispatch.choices(__name__, IMPLEMENTATIONS, "forward")
+
+    def run(*args):
+        *args, sinks = args
+        o, lse = dispatch.pick(choices, implementation, *args, options)
+        return (o, lse) if sinks is None else sink.join(o, lse, sinks)
+
     like_q = lambda q, *_: (q, PartitionSpec(*q[:3]))
-    return dispatch.local(run, follow=like_q, whole=WHOLE)(q, k, v, q_segments, kv_segments)
+    return dispatch.local(run, follow=like_q, whole=WHOLE)(*args)
 
 
 def _attend_fwd(options: Options, implementation: str | None, *args):
@@ -91,24 +124,32 @@ def _attend_fwd(options: Options, implementation: str | None, *args):
 
 def _attend_bwd(options: Options, implementation: str | None, kept, cotangents):
     q, k = kept[:2]
-    choices = {name: module.backward for name, module in IMPLEMENTATIONS.items()}
+    choices = dispatch.choices(__name__, IMPLEMENTATIONS, "backward")
     # One key head for all queries may be whole where query heads are split: its gradients add up.
     shared = tuple(a for a in dispatch.split(q, 2) if a not in dispatch.split(k, 2))
+    batch = dispatch.spec(q)[0]
 
     def run(*args):
-        dq, dk, dv = dispatch.pick(choices, implementation, *args, options)
-        return (dq, *jax.lax.psum((dk, dv), shared)) if shared else (dq, dk, dv)
+        *qkv_segments, sinks, o, lse, do, dlse = args
+        rest = (o, lse, do, dlse)
+        dq, *dkv = dispatch.pick(choices, implementation, *qkv_segments, *rest, options)
+        dkv = jax.lax.psum(dkv, shared) if shared else dkv
+        if sinks is None:
+            return dq, *dkv, None
+        dsinks = sink.gradient(o, lse, sinks, do, dlse)
+        return dq, *dkv, jax.lax.psum(dsinks, batch) if batch else dsinks
 
     do, dlse = cotangents
     dlse = jnp.where(kept[-1] == -jnp.inf, 0.0, dlse)  # nothing seen, nothing to change
-    grads = dispatch.local(run, follow=(0, 1, 2), whole=WHOLE)(*kept, do, dlse)
-    return (*grads, None, None)
+    follow = (0, 1, 2, None if kept[5] is None else 5)
+    *grads, dsinks = dispatch.local(run, follow=follow, whole=WHOLE)(*kept, do, dlse)
+    return (*grads, None, None, dsinks)
 
 
 _attend.defvjp(_attend_fwd, _attend_bwd)
 
 
-def _check_shapes(q, k, v, q_segments, kv_segments):
+def _check_shapes(q, k, v, q_segments, kv_segments, sinks):
     if q.ndim != 4 or k.ndim != 4 or v.ndim != 4:
         shapes = f"q {q.shape}, k {k.shape}, v {v.shape}"
         raise ValueError(f"Attention takes q [B L H K], k [B S G K], v [B S G V], not {shapes}.")
@@ -129,13 +170,27 @@ def _check_shapes(q, k, v, q_segments, kv_segments):
             f"Segments must be {(B, L)} and {(B, S)}, not {q_segments.shape} and "
             f"{kv_segments.shape}."
         )
+    if sinks is not None and sinks.shape != (H,):
+        raise ValueError(f"sinks must be {(H,)}, one a query head, not {sinks.shape}.")
 
 
-def _check_options(window: int | None, softcap: float | None):
+def _check_options(window: int | None, first: int, softcap: float | None):
+    if first < 0 or (first and window is None):
+        raise ValueError(
+            f"first counts keys seen from beyond the window, so {first} with window {window} means "
+            f"nothing: first must be 0 or more, and 0 without a window."
+        )
     if window is not None and window < 1:
         raise ValueError(f"window counts the tokens seen, with one's own: {window} is less than 1.")
     if softcap is not None and softcap <= 0:
         raise ValueError(f"softcap bounds the scores' size: {softcap} is not positive.")
+
+
+def _check_config(config, implementation: str | None):
+    if config is not None and implementation not in TUNED:
+        raise ValueError(
+            f"config {config} is for one of the implementations {', '.join(TUNED)}: name the one."
+        )
 
 
 def _check_split(q, k, v):
@@ -151,8 +206,8 @@ def _check_split(q, k, v):
             )
 
 
-def _split_like(segments, q):
-    """Segments, with their batch split over the mesh as that of q is."""
-    if segments is None or dispatch.split(segments, 0) == dispatch.split(q, 0):
-        return segments
-    return jax.reshard(segments, PartitionSpec(dispatch.spec(q)[0], dispatch.spec(segments)[1]))
+def _split_first(x, axes):
+    """x with its first dimension split over the Explicit mesh axes `axes`; keeps None."""
+    if x is None or dispatch.spec(x)[0] == axes:
+        return x
+    return jax.reshard(x, PartitionSpec(axes, *dispatch.spec(x)[1:]))

@@ -2,8 +2,8 @@
 
 The R = H/G query heads of a key head are rows of one matrix, N = L R rows with a token's heads
 together: keys are never repeated, and a block of tokens is a slice of rows. A small problem takes a
-few unrolled tiles, each as wide as its tokens see; a large one two nested loops over tiles of T
-tokens and C keys.
+few unrolled tiles, each as wide as its tokens see; a large one two nested loops over those tiles of
+T tokens and C keys that hold something to see.
 """
 
 import math
@@ -13,7 +13,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from pallas_kernels import dispatch
-from pallas_kernels.flash_attention.reference import Options, visible
+from pallas_kernels.flash_attention import blocks
+from pallas_kernels.flash_attention.reference import Options, mark, visible
 
 # Timed on a 2-core CPU, forward and backward, where scores that leave the cache cost most.
 SMALL = 2**21  # scores B H L S up to which tiles are unrolled
@@ -23,30 +24,36 @@ LARGE_TILE = (512, 512)  # where launching a step costs more than a miss of the 
 FLOOR = float(np.finfo(np.float32).min)
 
 
-def key_range(first: int, last: int, L: int, S: int, options: Options) -> tuple[int, int]:
-    """The keys [start, stop) that some query in [first, last) may see by causality and window."""
-    first, last = first + S - L, last + S - L
+def key_range(start: int, stop: int, L: int, S: int, options: Options) -> tuple[int, int]:
+    """The keys [start, stop) outside of which queries [start, stop) see none by position."""
+    i, last = start + S - L, stop + S - L
     start, stop = 0, S
     if options.causal:
         stop = min(stop, last)
-    elif options.window is not None:
+    elif options.window is not None and not options.first:
         stop = min(stop, last + options.window - 1)
-    if options.window is not None:
-        start = max(start, first - options.window + 1)
+    if options.window is not None and not options.first:
+        start = max(start, i - options.window + 1)
     return (start, stop) if start < stop else (0, 0)
 
 
-def key_blocks(L: int, S: int, T: int, C: int, options: Options) -> np.ndarray:
-    """The blocks of C keys [start, stop) that each block of T queries visits, int32 [n 2]."""
-    ranges = [key_range(i, min(i + T, L), L, S, options) for i in range(0, L, T)]
-    return np.array([(start // C, math.ceil(stop / C)) for start, stop in ranges], np.int32)
+def visits(T: int, C: int, L: int, S: int, q_segments, kv_segments, options: Options):
+    """The blocks of C keys that each block of T queries visits, in some row of the batch.
+
+    Returns:
+      int32 [n m], those to visit in order and then the others; how many to visit, int32 [n].
+    """
+    seen = (blocks.kinds(T, C, L, S, q_segments, kv_segments, options) != blocks.NONE).any(0)
+    xp = np if isinstance(seen, np.ndarray) else jnp
+    order = xp.argsort(~seen, axis=1, stable=True)
+    return order.astype(np.int32), seen.sum(1, dtype=np.int32)
 
 
 def forward(q, k, v, q_segments, kv_segments, options: Options):
     """o [B L H V] in q's dtype and lse [B L H] float32, as `reference.forward`."""
     L, H, G = *q.shape[1:3], k.shape[2]
     run = _forward_unrolled if _is_small(q, k) else _forward_loop
-    q_segments = _repeat(q_segments, H // G)
+    q_segments, kv_segments = _repeat(q_segments, H // G), mark(kv_segments, options)
     o, lse = run(_rows(q, G), _heads(k), _heads(v), q_segments, kv_segments, L, options)
     return _tokens(o, L).astype(q.dtype), _tokens(lse, L)[..., 0]
 
@@ -59,7 +66,7 @@ def backward(q, k, v, q_segments, kv_segments, o, lse, do, dlse, options: Option
     delta = jnp.sum(do.astype(jnp.float32) * o.astype(jnp.float32), -1) - dlse
     lse = jnp.where(lse == -jnp.inf, jnp.inf, lse)
     of_rows = [_rows(x, G) for x in (q, do, lse[..., None], delta[..., None])]
-    q_segments = _repeat(q_segments, H // G)
+    q_segments, kv_segments = _repeat(q_segments, H // G), mark(kv_segments, options)
     dq, dk, dv = run(*of_rows, _heads(k), _heads(v), q_segments, kv_segments, L, options)
     return _tokens(dq, L).astype(q.dtype), _heads(dk).astype(k.dtype), _heads(dv).astype(v.dtype)
 
@@ -192,12 +199,12 @@ def _forward_loop(q, k, v, q_segments, kv_segments, L: int, options: Options):
     xs, fetch, _ = _blocks((q,), k, v, q_segments, kv_segments, L, options)
 
     def query_block(_, block):
-        (start, stop), positions, segments, q_i = block
+        (order, count), positions, segments, q_i = block
 
-        def key_block(j, carry):
-            return _add_tile(carry, q_i, *fetch(j, positions, segments), options)
+        def key_block(t, carry):
+            return _add_tile(carry, q_i, *fetch(order[t], positions, segments), options)
 
-        return None, _finish(jax.lax.fori_loop(start, stop, key_block, _start(q_i, v)))
+        return None, _finish(jax.lax.fori_loop(0, count, key_block, _start(q_i, v)))
 
     _, done = jax.lax.scan(query_block, None, xs)
     return tuple(_joined(x, q.shape[2]) for x in done)
@@ -209,15 +216,16 @@ def _backward_loop(q, do, lse, delta, k, v, q_segments, kv_segments, L: int, opt
     zeros = lambda x: jnp.zeros_like(x, jnp.float32)
 
     def query_block(dkv, block):
-        (start, stop), positions, segments, *of_rows = block
+        (order, count), positions, segments, *of_rows = block
 
-        def key_block(j, carry):
+        def key_block(t, carry):
+            j = order[t]
             k_j, v_j, bias = fetch(j, positions, segments)
             dq, dk, dv = carry
             part = _tile_gradients(*of_rows, k_j, v_j, bias, options)
             return dq + part[0], _add_at(dk, j, part[1]), _add_at(dv, j, part[2])
 
-        dq, *dkv = jax.lax.fori_loop(start, stop, key_block, (zeros(of_rows[0]), *dkv))
+        dq, *dkv = jax.lax.fori_loop(0, count, key_block, (zeros(of_rows[0]), *dkv))
         return tuple(dkv), dq
 
     (dk, dv), dq = jax.lax.scan(query_block, tuple(map(zeros, padded)), xs)
@@ -229,15 +237,18 @@ def _blocks(of_rows, k, v, q_segments, kv_segments, L: int, options: Options):
     """Cuts rows into blocks to scan over, and keys into blocks to be fetched.
 
     Returns:
-      What the scan runs over: key blocks to visit [n 2], positions [n N], segments [n B N] or None,
-      then of_rows, each [n B G N X]; fetch(j, positions, segments) -> k, v and bias of key block j;
-      k and v padded to whole blocks.
+      What the scan runs over: key blocks to visit ([n m], [n]), positions [n N], segments [n B N]
+      or None, then of_rows, each [n B G N X]; fetch(j, positions, segments) -> k, v and bias of key
+      block j; k and v padded to whole blocks.
     """
     N, S = of_rows[0].shape[2], k.shape[2]
     T, C = TILE.get(dispatch.platform(), LARGE_TILE)
     T, C, R = min(T, L), min(C, S), N // L
+    tokens = None if q_segments is None else q_segments[:, ::R]
+    to_visit = visits(T, C, L, S, tokens, kv_segments, options)
     if S % C and kv_segments is None:  # so that nobody sees the padding, which gets segment 0
         q_segments, kv_segments = jnp.ones((1, N), jnp.int32), jnp.ones((1, S), jnp.int32)
+        kv_segments = mark(kv_segments, options)
     k, v, kv_segments = _pad(k, C, 2), _pad(v, C, 2), _pad(kv_segments, C, 1)
 
     def fetch(j, positions, segments):
@@ -246,7 +257,7 @@ def _blocks(of_rows, k, v, q_segments, kv_segments, L: int, options: Options):
         return _cut(k, j, C), _cut(v, j, C), _bias(positions, columns, segments, others, options)
 
     positions = jnp.arange(N) // R + S - L
-    xs = (key_blocks(L, S, T, C, options), _split(positions, T * R, 0))
+    xs = (to_visit, _split(positions, T * R, 0))
     xs = (*xs, _split(q_segments, T * R, 1), *(_split(x, T * R, 2) for x in of_rows))
     return xs, fetch, (k, v)
 

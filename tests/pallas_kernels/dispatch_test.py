@@ -29,6 +29,24 @@ def test_without_a_mesh_the_target_is_the_machine():
     assert (dispatch.platform(), dispatch.device_kind()) == ("cpu", jax.devices()[0].device_kind)
 
 
+def test_choices_import_a_module_on_its_platform_only():
+    """Two that do not exist: the one for another platform declines before that is noticed."""
+    platforms = {"nowhere": "tpu", "missing": None}
+    run = dispatch.choices("pallas_kernels", platforms, "spec")
+    assert list(run) == ["nowhere", "missing"]
+    with pytest.raises(NotImplementedError, match=r"nowhere is for a tpu, not a cpu\."):
+        run["nowhere"]()
+    with pytest.raises(ModuleNotFoundError, match="missing"):
+        run["missing"]()
+    with target("tpu", "TPU v5p"), pytest.raises(ModuleNotFoundError, match="nowhere"):
+        run["nowhere"]()
+
+
+def test_choices_are_the_modules_functions():
+    here = dispatch.choices("pallas_kernels", {"dispatch": "cpu"}, "spec")
+    assert here["dispatch"](None) is None
+
+
 def declining(*_):
     raise NotImplementedError("odd sizes")
 

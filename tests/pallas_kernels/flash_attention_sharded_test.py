@@ -12,9 +12,11 @@ from jax.sharding import PartitionSpec as P
 
 from pallas_kernels.flash_attention import flash_attention, xla
 from pallas_kernels.flash_attention.specs import Spec
+from tests.pallas_kernels.interpreted import interpreted
 
 EPS = float(np.finfo(np.float32).eps)
-INPUTS = Spec("sharded", "ci", B=4, L=20, H=4, G=2, K=8, documents=2).inputs()
+INPUTS = Spec("sharded", "ci", B=4, L=20, H=4, G=2, K=8, sinks=True, documents=2).inputs()
+NAMES = ("q", "k", "v", "sinks", "q_segments")
 EXPLICIT = AxisType.Explicit
 
 
@@ -27,19 +29,20 @@ def implementation(request, monkeypatch):
     return request.param.removesuffix("_loop")
 
 
-def loss(q, k, v, segments, implementation):
-    both = {"q_segments": segments, "kv_segments": segments}
-    o, lse = flash_attention(q, k, v, **both, return_lse=True, implementation=implementation)
+def loss(q, k, v, sinks, segments, implementation):
+    both = {"q_segments": segments, "kv_segments": segments, "window": 6, "first": 2}
+    run = functools.partial(flash_attention, return_lse=True, implementation=implementation)
+    o, lse = run(q, k, v, sinks=sinks, **both)
     return jnp.sum(jnp.sin(o)) + jnp.sum(jnp.where(jnp.isinf(lse), 0.0, jnp.cos(lse)))
 
 
-def gradients(fn, *args):
-    return [np.asarray(x) for x in jax.jit(jax.grad(fn, (0, 1, 2)))(*args)]
+def gradients(fn, *args, of=4):
+    return [np.asarray(x) for x in jax.jit(jax.grad(fn, tuple(range(of))))(*args)]
 
 
 @functools.cache
 def expected():
-    args = [INPUTS[n] for n in ("q", "k", "v", "q_segments")]
+    args = [INPUTS[n] for n in NAMES]
     return gradients(functools.partial(loss, implementation="reference"), *args)
 
 
@@ -52,7 +55,7 @@ def placed(mesh, kv_heads="tensor"):
     put = lambda x, *axes: jax.device_put(x, NamedSharding(mesh, P(*axes)))
     q, *kv = (INPUTS[n] for n in "qkv")
     q, kv = put(q, "data", None, "tensor"), [put(x, "data", None, kv_heads) for x in kv]
-    return q, *kv, put(INPUTS["q_segments"], "data")
+    return q, *kv, put(INPUTS["sinks"], "tensor"), put(INPUTS["q_segments"], "data")
 
 
 @contextlib.contextmanager
@@ -73,12 +76,23 @@ def test_sharded_equals_unsharded(implementation, axis_type):
         assert_same(gradients(run, *placed(mesh)), expected())
 
 
-def test_segments_and_one_key_head_may_be_whole_on_every_device():
-    one_head = lambda q, k, v, segments: loss(q, k[:, :, :1], v[:, :, :1], segments, "xla")
-    args = [INPUTS[n] for n in ("q", "k", "v", "q_segments")]
+def test_a_tpu_kernel_runs_on_the_shards_of_eight_devices():
+    """Interpreted, races detected. Arrays are split inside, where the mesh's devices are TPUs."""
+    shape, names, types = (4, 2), ("data", "tensor"), (EXPLICIT, EXPLICIT)
+    specs = *[P("data", None, "tensor")] * 3, P("tensor"), P("data")
+    run = lambda *args: loss(*map(jax.reshard, args, specs), implementation="pallas_tpu")
+
+    mesh = jax.make_mesh(shape, names, axis_types=types)
+    with jax.set_mesh(mesh), interpreted("tpu", shape, names, axis_types=types):
+        assert_same(gradients(run, *(INPUTS[n] for n in NAMES)), expected())
+
+
+def test_segments_sinks_and_one_key_head_may_be_whole_on_every_device():
+    one_head = lambda q, k, v, *rest: loss(q, k[:, :, :1], v[:, :, :1], *rest, "xla")
+    args = [INPUTS[n] for n in NAMES]
     alone = gradients(one_head, *args)
     with on_mesh() as mesh:
-        assert_same(gradients(one_head, *placed(mesh, None)[:3], args[3]), alone)
+        assert_same(gradients(one_head, *placed(mesh, None)[:3], *args[3:]), alone)
 
 
 @pytest.mark.parametrize(
@@ -94,14 +108,15 @@ def test_segments_and_one_key_head_may_be_whole_on_every_device():
     indirect=["implementation"],
 )
 def test_inside_a_shard_map_equals_outside(implementation, manual, check_vma):
-    specs = P("data", None, "tensor" if "tensor" in manual else None)
+    heads = "tensor" if "tensor" in manual else None
+    specs = P("data", None, heads)
 
     def region(*args):
         return jax.lax.psum(loss(*args, implementation), manual)
 
     outer = jax.shard_map(
         region,
-        in_specs=(specs, specs, specs, P("data")),
+        in_specs=(specs, specs, specs, P(heads), P("data")),
         out_specs=P(),
         axis_names=set(manual),
         check_vma=check_vma,
@@ -117,16 +132,16 @@ def test_keys_alike_on_all_devices_get_the_summed_gradient(implementation):
 
     def rows(q, k, v):
         every = (jnp.concatenate([x] * q.shape[0]) for x in (k, v))
-        return loss(q, *every, None, implementation)
+        return loss(q, *every, None, None, implementation)
 
-    alone = gradients(rows, q, k, v)
+    alone = gradients(rows, q, k, v, of=3)
     region = lambda *args: jax.lax.psum(rows(*args), "data")
     outer = jax.shard_map(
         region, in_specs=(P("data"), P(), P()), out_specs=P(), axis_names={"data"}
     )
     with on_mesh() as mesh:
         q = jax.device_put(q, NamedSharding(mesh, P("data")))
-        assert_same(gradients(outer, q, k, v), alone)
+        assert_same(gradients(outer, q, k, v, of=3), alone)
 
 
 @pytest.mark.parametrize(

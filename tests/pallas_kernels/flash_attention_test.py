@@ -1,19 +1,21 @@
 """Attention kernels against a brute-force oracle, and what they promise besides numbers."""
 
-import functools
-import itertools
-
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.sharding import AbstractDevice, AbstractMesh, use_abstract_mesh
 
 from pallas_kernels.flash_attention import flash_attention, xla
 from pallas_kernels.flash_attention.reference import Options
 from pallas_kernels.flash_attention.specs import Spec, tagged
+from tests.pallas_kernels.attention_oracle import cotangents, mask, oracle
 
 EPS = float(np.finfo(np.float32).eps)
 CI = {spec.name: spec for spec in tagged("ci")}
+# What differs for loops: positions, padded tiles, documents, grouped heads.
+LOOPED = ("bert", "unmasked", "gemma2", "more_keys", "more_queries", "one_token")
+LOOPED += ("lambda", "lambda_packed", "lambda_both_sides")
 
 
 @pytest.fixture(params=["reference", "xla", "xla_loop"])
@@ -25,100 +27,76 @@ def implementation(request, monkeypatch):
     return request.param.removesuffix("_loop")
 
 
-def mask(spec: Spec, q_segments=None, kv_segments=None) -> np.ndarray:
-    """[B L S], pair by pair as the docstring says it."""
-    L, S = spec.shapes["q"][1], spec.shapes["k"][1]
-    seen = np.zeros((spec.B, L, S), bool)
-    for b, i, j in itertools.product(range(spec.B), range(L), range(S)):
-        ahead = j - (i + S - L)
-        ok = not (spec.causal and ahead > 0)
-        ok = ok and (spec.window is None or abs(ahead) < spec.window)
-        if q_segments is not None:
-            ok = ok and q_segments[b, i] == kv_segments[b, j] != 0
-        seen[b, i, j] = ok
-    return seen
-
-
-def oracle(spec: Spec, inputs, do, dlse):
-    """o, lse, dq, dk, dv in float64, one head at a time."""
-    q, k, v, do, dlse = (np.float64(x) for x in (*(inputs[n] for n in "qkv"), do, dlse))
-    seen = mask(spec, inputs.get("q_segments"), inputs.get("kv_segments"))
-    o, lse = np.zeros_like(do), np.full(dlse.shape, -np.inf)
-    dq, dk, dv = np.zeros_like(q), np.zeros_like(k), np.zeros_like(v)
-    scale, R = spec.K**-0.5, spec.H // k.shape[2]
-    for b, h in itertools.product(range(spec.B), range(spec.H)):
-        g, some = h // R, seen[b].any(1)
-        s = scale * q[b, :, h] @ k[b, :, g].T
-        slope = 1.0
-        if spec.softcap is not None:
-            s = spec.softcap * np.tanh(s / spec.softcap)
-            slope = 1 - (s / spec.softcap) ** 2
-        e = np.where(seen[b], np.exp(s), 0)
-        p = e / np.where(some, e.sum(1), 1)[:, None]
-        lse[b, some, h] = np.log(e.sum(1)[some])
-        o[b, :, h] = p @ v[b, :, g]
-        dp = do[b, :, h] @ v[b, :, g].T
-        change = dp - (p * dp).sum(1, keepdims=True) + dlse[b, :, h, None]
-        ds = scale * slope * p * change
-        dq[b, :, h] = ds @ k[b, :, g]
-        dk[b, :, g] += ds.T @ q[b, :, h]
-        dv[b, :, g] += p.T @ do[b, :, h]
-    return o, lse, dq, dk, dv
-
-
-def attend(implementation, **options):
-    """(inputs, do, dlse) -> o, lse, dq, dk, dv, compiled."""
-    call = functools.partial(
-        flash_attention, return_lse=True, implementation=implementation, **options
-    )
+def attend(implementation, spec):
+    """(inputs, do, dlse) -> o, lse and gradients by name, compiled."""
+    call = spec.call(implementation)
 
     @jax.jit
     def run(inputs, do, dlse):
-        segments = {n: inputs[n] for n in inputs.keys() - set("qkv")}
-        out, pull = jax.vjp(functools.partial(call, **segments), *(inputs[n] for n in "qkv"))
-        return *out, *pull((do, dlse))
+        others = {n: x for n, x in inputs.items() if n not in spec.differentiable}
+        differ = {n: inputs[n] for n in spec.differentiable}
+        out, pull = jax.vjp(lambda differ: call(**differ, **others), differ)
+        return dict(zip(("o", "lse"), out, strict=True)) | pull((do, dlse))[0]
 
-    return lambda *args: [np.asarray(x) for x in run(*args)]
-
-
-def cotangents(spec: Spec):
-    rng = np.random.default_rng(1)
-    B, L, H, _ = spec.shapes["q"]
-    draw = lambda *shape: rng.standard_normal(shape, np.float32)
-    return draw(B, L, H, spec.shapes["v"][3]), draw(B, L, H)
+    return lambda *args: jax.tree.map(np.asarray, run(*args))
 
 
-@pytest.mark.parametrize("name", CI)
+def assert_close(ours, true):
+    """Sums of at most 71 x 3 terms of order 1, rounded at random: within 32 eps of the largest."""
+    for name, exact in true.items():
+        blind = np.isinf(exact)
+        np.testing.assert_array_equal(ours[name][blind], exact[blind])
+        size = max(1.0, np.abs(exact[~blind]).max())
+        np.testing.assert_allclose(
+            ours[name][~blind], exact[~blind], rtol=0, atol=32 * EPS * size, err_msg=name
+        )
+
+
+# The contract's test, as of every op, compares the others with the reference in float64.
+@pytest.mark.parametrize(
+    ("implementation", "name"),
+    [("reference", name) for name in CI] + [("xla_loop", name) for name in LOOPED],
+    indirect=["implementation"],
+)
 def test_outputs_and_gradients_equal_the_oracle(implementation, name):
     spec = CI[name]
-    inputs, (do, dlse) = spec.inputs(), cotangents(spec)
-
-    got = attend(implementation, **spec.options)(inputs, do, dlse)
-    for name, ours, true in zip(
-        ("o", "lse", "dq", "dk", "dv"), got, oracle(spec, inputs, do, dlse), strict=True
-    ):
-        blind = np.isinf(true)
-        np.testing.assert_array_equal(ours[blind], true[blind])
-        # Sums of at most 67 x 3 terms of order 1, rounded at random: within 32 eps of the largest.
-        size = max(1.0, np.abs(true[~blind]).max())
-        np.testing.assert_allclose(ours[~blind], true[~blind], rtol=0, atol=32 * EPS * size)
-        assert np.isfinite(ours[~blind]).all(), name
+    args = spec.inputs(), *cotangents(spec)
+    assert_close(attend(implementation, spec)(*args), oracle(spec, *args))
 
 
-@pytest.mark.parametrize("name", ["packed", "gemma2", "more_queries"])
+def scattered(spec, seed=3):
+    """The spec's inputs with documents in several pieces, whose ids come in no order."""
+    rng, inputs = np.random.default_rng(seed), spec.inputs()
+    L, S = spec.shapes["q"][1], spec.shapes["k"][1]
+    ids = rng.integers(0, 4, (spec.B, -(-max(L, S) // 5))).astype(np.int32)
+    row = np.repeat(ids, 5, axis=1)
+    return inputs | {"q_segments": row[:, -L:], "kv_segments": row[:, -S:]}
+
+
+@pytest.mark.parametrize("implementation", ["reference", "xla_loop"], indirect=True)
+@pytest.mark.parametrize("name", ["lambda_packed", "sinks", "more_keys"])
+def test_segments_need_not_be_sorted(implementation, name):
+    spec = CI[name]
+    args = scattered(spec), *cotangents(spec)
+    assert_close(attend(implementation, spec)(*args), oracle(spec, *args))
+
+
+@pytest.mark.parametrize("name", ["packed", "gemma2", "more_queries", "sinks"])
 def test_oracle_gradients_equal_finite_differences(name):
     spec = CI[name]
     inputs, (do, dlse) = spec.inputs(), cotangents(spec)
     rng = np.random.default_rng(2)
-    step = {n: rng.standard_normal(inputs[n].shape) for n in "qkv"}
+    names = spec.differentiable
+    step = {n: rng.standard_normal(inputs[n].shape) for n in names}
 
     def value(t):
-        moved = inputs | {n: inputs[n].astype(np.float64) + t * step[n] for n in "qkv"}
-        o, lse, *_ = oracle(spec, moved, do, dlse)
-        return (o * do).sum() + (np.where(np.isinf(lse), 0, lse) * dlse).sum()
+        moved = inputs | {n: inputs[n].astype(np.float64) + t * step[n] for n in names}
+        out = oracle(spec, moved, do, dlse)
+        seen = np.where(np.isinf(out["lse"]), 0, out["lse"])
+        return (out["o"] * do).sum() + (seen * dlse).sum()
 
-    _, _, *grads = oracle(spec, inputs, do, dlse)
-    slope = sum((g * step[n]).sum() for g, n in zip(grads, "qkv", strict=True))
+    grads = oracle(spec, inputs, do, dlse)
+    slope = sum((grads[n] * step[n]).sum() for n in names)
     h = 1e-5  # its square, the error of a central difference, is 1e-10
     assert (value(h) - value(-h)) / (2 * h) == pytest.approx(slope, rel=1e-6)
 
@@ -140,24 +118,23 @@ def test_bfloat16_errs_at_most_twice_as_much_as_plain_bfloat16(implementation):
     do = jnp.where(seen.any(2)[:, :, None, None], do, 0).astype(jnp.bfloat16)
     true = oracle(spec, inputs, np.float32(do), 0 * dlse)
     rounded = inputs | dict(zip("qkv", halves, strict=True))
-    o, _, *grads = attend(implementation, **spec.options)(rounded, do, 0 * dlse)
+    ours = attend(implementation, spec)(rounded, do, 0 * dlse)
     plain, pull = jax.vjp(jax.jit(lambda *qkv: bf16_attention(*qkv, jnp.asarray(seen))), *halves)
-    assert o.dtype == jnp.bfloat16
+    assert ours["o"].dtype == jnp.bfloat16
     error = lambda x, y: np.abs(np.float32(x) - y)[seen.any(2)].max()
-    exact = (true[0], *true[2:])
-    for ours, theirs, truth in zip((o, *grads), (plain, *pull(do)), exact, strict=True):
-        assert error(ours, truth) <= 2 * error(theirs, truth)
+    for name, theirs in zip("oqkv", (plain, *pull(do)), strict=True):
+        assert error(ours[name], true[name]) <= 2 * error(theirs, true[name])
 
 
 def test_gradients_are_zero_where_a_query_does_not_see(implementation):
     spec = CI["gemma2"]
     inputs = spec.inputs()
     seen = mask(spec, inputs["q_segments"], inputs["kv_segments"])
-    run = attend(implementation, **spec.options)
+    run = attend(implementation, spec)
     for t in (5, 30, 60):
         do, dlse = (np.zeros_like(x) for x in cotangents(spec))
         do[:, t], dlse[:, t] = 1, 1
-        o, lse, dq, dk, dv = run(inputs, do, dlse)
+        o, lse, dq, dk, dv = (run(inputs, do, dlse)[n] for n in ("o", "lse", *"qkv"))
         assert not np.delete(dq, t, axis=1).any()
         assert not dk[~seen[:, t]].any()
         assert not dv[~seen[:, t]].any()
@@ -173,32 +150,58 @@ def test_blocks_out_of_reach_are_not_read(monkeypatch):
     spec = Spec("reach", "ci", B=1, L=64, H=1, K=8, window=8)
     inputs = spec.inputs()
     inputs["k"][:, 24:32] = np.nan
-    _, lse, dq, _, _ = attend("xla", **spec.options)(inputs, *cotangents(spec))
+    got = attend("xla", spec)(inputs, *cotangents(spec))
     read = np.zeros(64, bool)
     read[16:48] = True  # tokens 16-31 hold the keys, 32-47 look back at them
-    np.testing.assert_array_equal(np.isnan(lse)[0, :, 0], read)
-    np.testing.assert_array_equal(np.isnan(dq)[0, :, 0].any(1), read)
+    np.testing.assert_array_equal(np.isnan(got["lse"])[0, :, 0], read)
+    np.testing.assert_array_equal(np.isnan(got["q"])[0, :, 0].any(1), read)
 
 
-@pytest.mark.parametrize(("L", "S"), [(40, 40), (37, 61), (61, 37), (1, 50)])
-@pytest.mark.parametrize("causal", [True, False])
-@pytest.mark.parametrize("window", [None, 1, 11, 100])
-def test_visited_blocks_are_those_that_hold_a_visible_pair(L, S, causal, window):
-    spec = Spec("blocks", "ci", B=1, L=L, S=S, H=1, K=1, causal=causal, window=window)
-    seen = mask(spec)[0]
-    assert spec.flops == 4 * seen.sum()
-    for T, C in ((8, 8), (16, 5), (5, 16)):
-        visited = xla.key_blocks(L, S, T, C, Options(causal, window, None, 1.0))
-        for i, (start, stop) in enumerate(visited):
-            rows = seen[i * T : (i + 1) * T]
-            held = [j for j in range(-(-S // C)) if rows[:, j * C : (j + 1) * C].any()]
-            assert list(range(start, stop)) == held
+def test_leading_keys_and_the_window_are_read_and_nothing_between(monkeypatch):
+    monkeypatch.setattr(xla, "SMALL", 0)
+    monkeypatch.setitem(xla.TILE, "cpu", (8, 8))
+    spec = Spec("reach", "ci", B=1, L=64, H=1, K=8, window=8, first=3)
+    to_visit, count = xla.visits(8, 8, 64, 64, None, None, Options(True, 8, None, 1.0, 3))
+    assert [list(x[:n]) for x, n in zip(to_visit, count, strict=True)] == [
+        sorted({0, max(i - 1, 0), i}) for i in range(8)
+    ]
+    inputs = spec.inputs()
+    inputs["k"][:, 24:32] = np.nan
+    lse = attend("xla", spec)(inputs, *cotangents(spec))["lse"]
+    np.testing.assert_array_equal(np.flatnonzero(np.isnan(lse[0, :, 0])), np.arange(24, 40))
 
 
-def test_causal_blocks_are_half_of_all():
-    n = 16
-    visited = xla.key_blocks(n * 8, n * 8, 8, 8, Options(True, None, None, 1.0))
-    assert np.diff(visited).sum() == n * (n + 1) // 2
+def test_documents_of_other_blocks_are_not_read(monkeypatch):
+    """In order or not, as long as blocks hold whole documents."""
+    monkeypatch.setattr(xla, "SMALL", 0)
+    monkeypatch.setitem(xla.TILE, "cpu", (8, 8))
+    spec = Spec("reach", "ci", B=1, L=64, H=1, K=8, documents=4)
+    inputs = spec.inputs()
+    row = np.repeat(np.int32([[5, 2, 9, 1]]), 16, axis=1)
+    inputs |= {"q_segments": row, "kv_segments": row}
+    inputs["k"][:, 16:24] = np.nan
+    lse = attend("xla", spec)(inputs, *cotangents(spec))["lse"]
+    np.testing.assert_array_equal(np.flatnonzero(np.isnan(lse[0, :, 0])), np.arange(16, 32))
+
+
+@pytest.mark.parametrize(
+    ("platform", "kind", "dtype", "documents", "taken"),
+    [
+        ("tpu", "TPU v5", "float32", 2, "flash_attention_forward"),
+        ("gpu", "NVIDIA H200", "bfloat16", 0, "dot_product_attention_fwd"),
+        ("gpu", "NVIDIA H200", "bfloat16", 2, "flash_attention_forward"),
+        ("gpu", "NVIDIA H200", "float32", 0, "dot_general"),
+        ("cpu", "cpu", "bfloat16", 0, "dot_general"),
+    ],
+)
+def test_none_takes_the_first_that_can(platform, kind, dtype, documents, taken):
+    spec = Spec("none", "ci", B=1, L=256, H=2, K=64, documents=documents)
+    arrays = {n: jax.ShapeDtypeStruct(*x) for n, x in spec.abstract(jnp.dtype(dtype)).items()}
+    device = AbstractDevice(device_kind=kind, num_cores=132, platform=platform)
+    with use_abstract_mesh(AbstractMesh((), (), abstract_device=device)):
+        program = str(jax.make_jaxpr(lambda arrays: spec.call(None)(**arrays))(arrays))
+    known = "flash_attention_forward", "dot_product_attention_fwd", "dot_general"
+    assert next(name for name in known if name in program) == taken
 
 
 def test_memory_grows_with_length_not_its_square():
@@ -233,7 +236,11 @@ def test_remat_can_keep_the_output_and_then_runs_the_forward_pass_once():
         ({"kv_segments": jnp.ones((2, 37), jnp.int32)}, "both q_segments and kv_segments, or"),
         ({"window": 0}, "0 is less than 1"),
         ({"softcap": 0.0}, "0.0 is not positive"),
-        ({"implementation": "cuda"}, "'cuda'; there are: xla, reference"),
+        ({"first": 4}, "so 4 with window None means nothing"),
+        ({"first": -1, "window": 3}, "so -1 with window 3 means nothing"),
+        ({"implementation": "cuda"}, "'cuda'; there are: pallas_tpu, cudnn, pallas_gpu, xla, ref"),
+        ({"config": 7}, "config 7 is for one of the implementations pallas_tpu, pallas_gpu: name"),
+        ({"config": 7, "implementation": "xla"}, "config 7 is for one of the implementations"),
     ],
 )
 def test_errors_are_sentences(change, message):
