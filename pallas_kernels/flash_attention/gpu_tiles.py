@@ -195,5 +195,5 @@ def visible(rows, columns, S: int, q_segments, kv_segments, options: Options, st
 
 
 def tanh(x):
-    """tanh to float32's precision: with the hardware's own, of 11 bits, a cap of 50 errs by 0.02."""
+    """tanh to float32's precision: with the hardware's own 11 bits a cap of 50 errs by 0.02."""
     return 1 - 2 / (1 + jnp.exp2(2 * math.log2(math.e) * x))

@@ -170,6 +170,7 @@ SPECS = (
     Spec("llama-7b", "bench", B=4, L=4096, H=32, K=128),
     Spec("llama-7b-packed", "bench", B=4, L=4096, H=32, K=128, documents=8),
     Spec("llama-7b-8k", "bench aot", B=2, L=8192, H=16, K=128),
+    Spec("llama-7b-8k-single", "aot", B=1, L=8192, H=16, K=128),
     Spec("full-8k", "bench aot", B=2, L=8192, H=16, K=128, causal=False),
     Spec("llama-7b-16k", "bench", B=1, L=16384, H=32, K=128),
     Spec("llama-7b-16k-packed", "bench aot", B=1, L=16384, H=16, K=128, documents=8),

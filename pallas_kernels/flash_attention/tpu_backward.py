@@ -85,22 +85,22 @@ def backward(q, k, v, q_segments, kv_segments, o, lse, do, dlse, options: Option
       dq, dk, dv, like q, k, v. Products are of the inputs' dtype (of float32 in full accuracy),
       sums are float32.
     """
-    (L, H, K), (S, G, V) = q.shape[1:], v.shape[1:]
+    (L, _, K), (S, G, V) = q.shape[1:], v.shape[1:]
     kv_segments = mark(kv_segments, options)
     plan, kinds = _plan(L, S, K, V, q_segments, kv_segments, options, config)
     delta = jnp.sum(do.astype(jnp.float32) * o.astype(jnp.float32), -1) - dlse
     # A query that saw nothing, and one that only fills a tile, must get p = 0.
     lse = jnp.where(lse == -jnp.inf, jnp.inf, lse) * LOG2E
     stats = [_pad(x.swapaxes(1, 2), plan.T, 2, fill) for x, fill in ((lse, jnp.inf), (delta, 0))]
-    q_flat, do = (_flat(x, plan.T) for x in (q, do))
-    k, v = (_flat(x, config.chunk) for x in (k, v))
+    q_heads, do = (_by_head(x, plan.T) for x in (q, do))
+    k, v = (_by_head(x, config.chunk) for x in (k, v))
     segments = []
     if plan.segments:
         pairs = (q_segments, plan.T), (kv_segments, config.chunk)
         segments = [_pad(x, multiple, 1)[:, None] for x, multiple in pairs]
-    args = *_tables(kinds), q_flat, k, v, do, jnp.stack(stats, 2), *segments
+    args = *_tables(kinds), q_heads, k, v, do, jnp.stack(stats, 2), *segments
     dq, dk, dv = _call(plan, G, *dispatch.vary(*args))
-    return _heads(dq, L, H, K).astype(q.dtype), _heads(dk, S, G, K), _heads(dv, S, G, V)
+    return _by_token(dq, L, K).astype(q.dtype), _by_token(dk, S, K), _by_token(dv, S, V)
 
 
 def executions(spec, config: Backward) -> dict[str, list[float]]:
@@ -179,17 +179,19 @@ def _is_cut(places, T: int, C: int, options: Options):
 
 
 def _call(plan: Plan, G: int, kinds, bounds, q, k, v, do, stats, *segments):
-    B, L, H = q.shape[0], q.shape[1], stats.shape[1]
-    R, K, V, chunk = H // G, q.shape[2] // H, do.shape[2] // H, plan.n * plan.C
+    (B, H, L, K), V = q.shape, do.shape[3]
+    R, chunk = H // G, plan.n * plan.C
     batch, head = lambda g: jax.lax.div(g, G), lambda g, r: jax.lax.rem(g, G) * R + r
     # Copies of small arrays in VMEM would be moved by the vector unit.
     q, k, v, do = (pltpu.with_memory_space_constraint(x, pltpu.HBM) for x in (q, k, v, do))
 
     def queries(size):
-        return pl.BlockSpec((1, plan.T, size), lambda g, j, r, t: (batch(g), t, head(g, r)))
+        at = lambda g, j, r, t: (batch(g), head(g, r), t, 0)
+        return pl.BlockSpec((1, None, plan.T, size), at)
 
     def keys(size):
-        return pl.BlockSpec((1, chunk, size), lambda g, j, r, t: (batch(g), j, jax.lax.rem(g, G)))
+        at = lambda g, j, r, t: (batch(g), jax.lax.rem(g, G), j, 0)
+        return pl.BlockSpec((1, None, chunk, size), at)
 
     def table(x):
         at = lambda g, *_: (batch(g) if x.shape[0] > 1 else 0, 0, 0)
@@ -202,7 +204,7 @@ def _call(plan: Plan, G: int, kinds, bounds, q, k, v, do, stats, *segments):
     ]
     whole, varying = plan.chunks == 1, jax.typeof(q).manual_axis_type
     out = functools.partial(jax.ShapeDtypeStruct, manual_axis_type=varying)
-    products = 2 * B * H * L * k.shape[1] * (3 * K + 2 * V)
+    products = 2 * B * H * L * k.shape[2] * (3 * K + 2 * V)
     return pl.pallas_call(
         functools.partial(kernel, plan),
         name=NAME,
@@ -219,7 +221,7 @@ def _call(plan: Plan, G: int, kinds, bounds, q, k, v, do, stats, *segments):
         scratch_shapes=_scratch(plan, K, V, q.dtype),
         cost_estimate=pl.CostEstimate(
             flops=products // (1 + plan.options.causal),
-            transcendentals=B * H * L * k.shape[1],
+            transcendentals=B * H * L * k.shape[2],
             bytes_accessed=2 * (q.nbytes + k.nbytes + v.nbytes),
         ),
         compiler_params=pltpu.CompilerParams(
@@ -241,15 +243,17 @@ def _scratch(plan: Plan, K: int, V: int, dtype):
     return scratch
 
 
-def _flat(x, multiple: int):
-    """[B L H K] -> [B L HK]: K filled up to whole lanes and L to a multiple."""
-    x = _pad(_pad(x, LANES, 3), multiple, 1)
-    return x.reshape(*x.shape[:2], -1)
+def _by_head(x, multiple: int):
+    """[B L H K] -> [B H L K]: K filled up to whole lanes and L to a multiple.
+
+    XLA's projections can write this order as they are; from [B L H K] it would be copied.
+    """
+    return _pad(_pad(x, LANES, 3), multiple, 1).swapaxes(1, 2)
 
 
-def _heads(x, L: int, H: int, K: int):
-    """What `_flat` was given."""
-    return x.reshape(*x.shape[:2], H, -1)[:, :L, :, :K]
+def _by_token(x, L: int, K: int):
+    """What `_by_head` was given."""
+    return x.swapaxes(1, 2)[:, :L, :, :K]
 
 
 def _whole(size: int, multiple: int) -> int:
