@@ -43,6 +43,12 @@ def choices(package: str, platforms: Mapping[str, str | None], part: str) -> dic
     def call(name, *args, **kwargs):
         if platforms[name] not in (None, platform()):
             raise NotImplementedError(f"{name} is for a {platforms[name]}, not a {platform()}.")
+        mesh = get_abstract_mesh()
+        if platforms[name] and (auto := [a for a in mesh.auto_axes if mesh.shape[a] > 1]):
+            raise NotImplementedError(
+                f"{name} runs on one shard, and the compiler cannot split it over the Auto mesh "
+                f"axes {auto}: make them Explicit, or call it inside shard_map."
+            )
         return getattr(importlib.import_module(f"{package}.{name}"), part)(*args, **kwargs)
 
     return {name: functools.partial(call, name) for name in platforms}
@@ -91,13 +97,22 @@ def vary(*args) -> tuple:
     Inside a `shard_map` that checks such types, call this before a custom_vjp: the gradient of an
     argument that was the same on all devices is then summed by JAX and not by the kernel.
     """
+    return like(args, args)
+
+
+def like(args: Any, results: Any) -> Any:
+    """Results, each marked as varying over the manual axes that any of `args` varies over.
+
+    A kernel's results bear no such mark unless the kernel gives it, and JAX believes them: what is
+    taken to be the same on all devices has its gradient summed over them once more.
+    """
     axes = _varying(args)
 
     def mark(x):
         missing = axes - jax.typeof(x).manual_axis_type.varying
         return jax.lax.pcast(x, tuple(sorted(missing)), to="varying") if missing else x
 
-    return jax.tree.map(mark, args)
+    return jax.tree.map(mark, results)
 
 
 def local(fn: Callable, *, follow: Any, whole: Mapping[int, Mapping[int, str]] | None = None):

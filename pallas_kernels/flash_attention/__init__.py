@@ -74,7 +74,8 @@ def flash_attention(
       sinks: one logit a head that takes its share of the softmax and has no value.
       return_lse: whether to return (o, lse); lse has a gradient too.
       implementation: name in IMPLEMENTATIONS; None takes the first that can, of the target's
-        platform: on a TPU pallas_tpu, on a GPU cudnn, else pallas_gpu; then xla.
+        platform: on a TPU pallas_tpu, on a GPU cudnn, else pallas_gpu; then xla. An array without
+        elements is left to reference.
       config: of the named implementation, its module's Config; None lets `tuning.choose` decide.
 
     Returns:
@@ -92,8 +93,12 @@ def flash_attention(
     _check_options(window, first, softcap)
     _check_config(config, implementation)
     _check_split(q, k, v)
+    if implementation is None and 0 in (*q.shape, *k.shape, *v.shape):
+        implementation = "reference"  # nothing to compute, and no kernel has a grid for it
     batch, _, heads, _ = dispatch.spec(q)
-    q_segments, kv_segments = (_split_first(x, batch) for x in (q_segments, kv_segments))
+    if q_segments is not None:
+        pair = (x.astype(jnp.int32) for x in (q_segments, kv_segments))
+        q_segments, kv_segments = (_split_first(x, batch) for x in pair)
     if sinks is not None:
         exact = jnp.promote_types(sinks.dtype, jnp.float32)
         sinks = _split_first(sinks.astype(exact), heads)
@@ -110,7 +115,8 @@ def _attend(options: Options, implementation: str | None, *args):
 
     def run(*args):
         *args, sinks = args
-        o, lse = dispatch.pick(choices, implementation, *args, options)
+        found = dispatch.pick(choices, implementation, *args, options)
+        o, lse = dispatch.like(args, found)
         return (o, lse) if sinks is None else sink.join(o, lse, sinks)
 
     like_q = lambda q, *_: (q, PartitionSpec(*q[:3]))
@@ -132,7 +138,8 @@ def _attend_bwd(options: Options, implementation: str | None, kept, cotangents):
     def run(*args):
         *qkv_segments, sinks, o, lse, do, dlse = args
         rest = (o, lse, do, dlse)
-        dq, *dkv = dispatch.pick(choices, implementation, *qkv_segments, *rest, options)
+        found = dispatch.pick(choices, implementation, *qkv_segments, *rest, options)
+        dq, *dkv = dispatch.like(args, found)
         dkv = jax.lax.psum(dkv, shared) if shared else dkv
         if sinks is None:
             return dq, *dkv, None

@@ -87,6 +87,7 @@ def _config(q, k, v, q_segments, options: Options) -> Config:
     (B, L, H, K), (S, G, V) = q.shape, v.shape[1:]
     key = dict(B=B, L=L, S=S, H=H, G=G, K=K, V=V, causal=options.causal, window=options.window)
     key |= dict(segments=q_segments is not None, dtype=q.dtype.name)
+    key |= dict(first=options.first > 0, softcap=options.softcap is not None)
     plain = options.window is None and options.softcap is None and q_segments is None
     guess = lambda: heuristic(K, V, plain)
     return tuning.choose("flash_attention", "pallas_gpu", key, options.config, guess)

@@ -136,6 +136,7 @@ def _config(q, k, v, packed: bool, options: Options) -> Config:
     (B, L, H, K), (S, G, V) = q.shape, v.shape[1:]
     key = dict(B=B, L=L, S=S, H=H, G=G, K=K, V=V, causal=options.causal, window=options.window)
     key |= dict(segments=packed, dtype=q.dtype.name)
+    key |= dict(first=options.first > 0, softcap=options.softcap is not None)
     guess = lambda: heuristic(q, k, v, packed, options)
     return tuning.choose("flash_attention", "pallas_tpu", key, options.config, guess)
 

@@ -17,7 +17,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 from pallas_kernels import dispatch
-from pallas_kernels.flash_attention import blocks
+from pallas_kernels.flash_attention import blocks, tpu_tiles
 from pallas_kernels.flash_attention.reference import Options, mark
 from pallas_kernels.flash_attention.tpu_backward_kernel import kernel
 from pallas_kernels.flash_attention.tpu_backward_tile import LANES, LOG2E, Plan
@@ -277,4 +277,6 @@ def _bounds(kinds):
 
 def _tables(kinds):
     """What the scalar core reads, one row for each of the batch, or one for all."""
-    return [jnp.asarray(x.reshape(x.shape[0], 1, -1)) for x in (kinds, _bounds(kinds))]
+    tables = [x.reshape(x.shape[0], 1, -1) for x in (kinds, _bounds(kinds))]
+    tpu_tiles.check_scalars(sum(2 * 4 * x.shape[2] for x in tables))  # the next one is on its way
+    return [jnp.asarray(x) for x in tables]

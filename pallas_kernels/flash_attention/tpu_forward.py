@@ -50,6 +50,7 @@ def forward(q, k, v, q_segments, kv_segments, options: Options, config):
     # Small arrays might else be placed in VMEM whole, and the vector unit move their blocks.
     q, k, v = (pltpu.with_memory_space_constraint(x, pltpu.HBM) for x in (q, k, v))
     scalars = tpu_tiles.pack(table.codes), table.ranges.reshape(-1)
+    tpu_tiles.check_scalars(sum(4 * x.size for x in scalars))
     o, lse = _call(shape, options, (B, H, G), q, k, v, segments)(*scalars, *segments, q, k, v)
     return o.swapaxes(1, 2), lse[:, :, 0, :L].swapaxes(1, 2)
 

@@ -8,6 +8,7 @@ import operator
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.experimental.pallas import tpu as pltpu
 
 from pallas_kernels.flash_attention import blocks
 from pallas_kernels.flash_attention.reference import Options
@@ -125,6 +126,20 @@ def pack(codes):
     shifts = np.arange(PER_WORD, dtype=np.int32) * BITS
     words = codes.reshape(*codes.shape[:2], -1, PER_WORD) << shifts[None, None, None]
     return words.sum(3).astype(np.int32).reshape(-1)
+
+
+def check_scalars(size: int):
+    """Declines tables of `size` bytes that do not fit into the scalar memory.
+
+    Raises:
+      NotImplementedError: they do not.
+    """
+    room = pltpu.get_tpu_info().smem_capacity_bytes * 7 // 8
+    if size > room:
+        raise NotImplementedError(
+            f"What the tiles see takes {size} bytes of scalar memory, and there are {room}: use "
+            f"larger tiles, or split the sequence over devices."
+        )
 
 
 def code_at(words, row, m: int, j):

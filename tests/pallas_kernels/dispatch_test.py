@@ -10,10 +10,10 @@ from jax.sharding import PartitionSpec as P
 from pallas_kernels import dispatch
 
 
-def target(platform, kind):
+def target(platform, kind, size=1):
     device = AbstractDevice(device_kind=kind, num_cores=None, platform=platform)
     return use_abstract_mesh(
-        AbstractMesh((1,), ("x",), axis_types=(AxisType.Auto,), abstract_device=device)
+        AbstractMesh((size,), ("x",), axis_types=(AxisType.Auto,), abstract_device=device)
     )
 
 
@@ -40,6 +40,14 @@ def test_choices_import_a_module_on_its_platform_only():
         run["missing"]()
     with target("tpu", "TPU v5p"), pytest.raises(ModuleNotFoundError, match="nowhere"):
         run["nowhere"]()
+
+
+def test_what_the_compiler_would_have_to_split_is_declined():
+    run = dispatch.choices("pallas_kernels", {"nowhere": "tpu", "dispatch": None}, "spec")
+    with target("tpu", "TPU v5p", 2), pytest.raises(NotImplementedError, match=r"axes \['x'\]"):
+        run["nowhere"]()
+    with target("tpu", "TPU v5p", 2):
+        assert run["dispatch"](None) is None
 
 
 def test_choices_are_the_modules_functions():

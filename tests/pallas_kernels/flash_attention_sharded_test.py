@@ -125,6 +125,31 @@ def test_inside_a_shard_map_equals_outside(implementation, manual, check_vma):
         assert_same(gradients(outer, *placed(mesh)), expected())
 
 
+def test_a_tpu_kernel_inside_a_region_varies_like_its_inputs():
+    """Were its output taken to be the same on all devices, its gradient would be summed twice."""
+    shape, names, types = (2, 2), ("data", "tensor"), (EXPLICIT, EXPLICIT)
+    segments = {f"{side}_segments": INPUTS["q_segments"] for side in ("q", "kv")}
+
+    def total(implementation, q, k, v):
+        def region(q, k, v, segments):
+            kept = {"return_lse": True, "implementation": implementation}
+            o, lse = flash_attention(q, k, v, **segments, **kept)
+            weight = 1.0 + jax.lax.axis_index("data")
+            lse = jnp.where(jnp.isinf(lse), 0.0, jnp.cos(lse))
+            return jax.lax.psum(weight * (jnp.sum(jnp.sin(o)) + jnp.sum(lse)), "data")
+
+        args = [jax.reshard(x, P("data", None, "tensor")) for x in (q, k, v)]
+        both = jax.tree.map(lambda x: jax.reshard(x, P("data")), segments)
+        outer = jax.shard_map(region, in_specs=P("data"), out_specs=P(), axis_names={"data"})
+        return outer(*args, both)
+
+    args = [INPUTS[n] for n in "qkv"]
+    with on_mesh():
+        alone = gradients(functools.partial(total, "xla"), *args, of=3)
+    with on_mesh(), interpreted("tpu", shape, names, axis_types=types):
+        assert_same(gradients(functools.partial(total, "pallas_tpu"), *args, of=3), alone)
+
+
 @pytest.mark.parametrize("implementation", ["reference", "xla_loop"], indirect=True)
 def test_keys_alike_on_all_devices_get_the_summed_gradient(implementation):
     """Within a region, queries are split over an axis along which keys are the same."""

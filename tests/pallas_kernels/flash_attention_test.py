@@ -1,5 +1,7 @@
 """Attention kernels against a brute-force oracle, and what they promise besides numbers."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -79,6 +81,29 @@ def test_segments_need_not_be_sorted(implementation, name):
     spec = CI[name]
     args = scattered(spec), *cotangents(spec)
     assert_close(attend(implementation, spec)(*args), oracle(spec, *args))
+
+
+@pytest.mark.parametrize(("platform", "kind"), [("tpu", "TPU v5"), ("gpu", "NVIDIA H200")])
+def test_kernels_get_segments_of_32_bits(platform, kind):
+    x = jax.ShapeDtypeStruct((1, 256, 2, 64), jnp.bfloat16)
+    ids = jax.ShapeDtypeStruct((1, 256), jnp.int8)
+    both = {"q_segments": ids, "kv_segments": ids}
+    run = functools.partial(flash_attention, implementation=f"pallas_{platform}")
+    device = AbstractDevice(device_kind=kind, num_cores=132, platform=platform)
+    with use_abstract_mesh(AbstractMesh((), (), abstract_device=device)):
+        assert jax.eval_shape(run, x, x, x, **both).shape == x.shape
+
+
+@pytest.mark.parametrize("platform", ["cpu", "tpu", "gpu"])
+@pytest.mark.parametrize("sizes", [{"L": 0, "S": 4}, {"L": 4, "S": 0}, {"L": 4, "B": 0}])
+def test_none_takes_arrays_without_elements(platform, sizes):
+    B, L, S = (({"B": 2, "S": 4} | sizes)[n] for n in "BLS")
+    q, kv = (jax.ShapeDtypeStruct((B, n, 2, 8), jnp.bfloat16) for n in (L, S))
+    kind = {"cpu": "cpu", "tpu": "TPU v5", "gpu": "NVIDIA H200"}[platform]
+    device = AbstractDevice(device_kind=kind, num_cores=1, platform=platform)
+    run = jax.grad(lambda *args: flash_attention(*args).astype(jnp.float32).sum(), (0, 1, 2))
+    with use_abstract_mesh(AbstractMesh((), (), abstract_device=device)):
+        assert [x.shape for x in jax.eval_shape(run, q, kv, kv)] == [q.shape, kv.shape, kv.shape]
 
 
 @pytest.mark.parametrize("name", ["packed", "gemma2", "more_queries", "sinks"])

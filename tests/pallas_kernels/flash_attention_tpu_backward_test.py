@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.experimental.pallas import tpu as pltpu
 
 from pallas_kernels.flash_attention import tpu_backward
 from pallas_kernels.flash_attention.reference import Options
@@ -158,5 +159,9 @@ def test_what_the_heuristic_chooses_fits_the_memory(kind, size, head, dtype):
     device = jax.sharding.AbstractDevice(device_kind=kind, num_cores=1, platform="tpu")
     with jax.sharding.use_abstract_mesh(jax.sharding.AbstractMesh((), (), abstract_device=device)):
         config = tpu_backward.heuristic(*size, *head, dtype)
+        room = pltpu.get_tpu_info().vmem_capacity_bytes
+    # k, v, dk and dv of a chunk, twice for the copies on their way, and their sums in float32.
+    lanes, item = sum(-(-x // 128) * 128 for x in head), jnp.dtype(dtype).itemsize
+    assert config.chunk * lanes * (4 * item + 4) <= room
     assert size[0] + 128 > config.T
     assert config.chunk < size[1] + 128 * config.chunk // config.C

@@ -192,11 +192,12 @@ def test_a_causal_row_visits_each_whole_tile_once_and_half_of_the_diagonal():
 def test_the_heuristic_fits_every_shape(kind):
     lengths, heads = (1, 130, 1025, 1100, 3000, 8192, 10**6), (8, 128, 192, 256)
     with target(dataclasses.replace(V5P, device_kind=kind)):
+        half = pltpu.get_tpu_info().vmem_capacity_bytes // 2
         for L, S, K, window in itertools.product(lengths, lengths, heads, (None, 128, 4096, 5000)):
             q, k = (jax.ShapeDtypeStruct((1, x, 1, K), jnp.bfloat16) for x in (L, S))
             found = pallas_tpu.heuristic(q, k, k, False, Options(True, window, None, 1.0))
             assert found.T < L + 1024
-            assert found.P * 4 * max(K, 128) * 2 <= 64 * 2**20
+            assert half >= found.P * 4 * -(-K // 128) * 128 * 2
             if L == S and window is None:
                 assert tpu_tiles.aligned(found.T, found.C, found.P, 0)
 
@@ -214,3 +215,11 @@ def test_what_it_cannot_do_it_declines():
         pallas_tpu.forward(x, x, x, None, None, options)
     with target(), pytest.raises(NotImplementedError, match="not float16"):
         pallas_tpu.forward(x, x, x, None, None, options)
+
+
+def test_tables_beyond_the_scalar_memory_are_declined():
+    x = jax.ShapeDtypeStruct((1, 2**21, 1, 128), jnp.bfloat16)
+    ids = jax.ShapeDtypeStruct((1, 2**21), jnp.int32)
+    run = lambda q, ids: pallas_tpu.forward(q, q, q, ids, ids, options_of(BASE))
+    with target(), pytest.raises(NotImplementedError, match="scalar memory"):
+        jax.eval_shape(run, x, ids)
