@@ -31,7 +31,8 @@ def bench(
     from launch.bench.race import Race, among
 
     kinds = among("passes", passes, PASSES)
-    among("dtype", dtype, DTYPES)
+    if dtype not in DTYPES:
+        raise UsageError(f"--dtype: there is no {dtype!r}; there are: {', '.join(DTYPES)}")
     if repetitions < 1 or not seconds > 0:
         raise UsageError("--repetitions must be at least 1, and --seconds more than 0")
     race = Race(op, DTYPES[dtype], kinds, against, seconds, repetitions)

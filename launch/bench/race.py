@@ -201,8 +201,8 @@ class Race:
 
 
 def among(flag: str, text: str, known: Sequence[str] | Mapping) -> list[str]:
-    """The names in a flag, each of which is known. Raises UsageError."""
-    names = [name.strip() for name in text.split(",")]
+    """The names in a flag, once each, each of which is known. Raises UsageError."""
+    names = list(dict.fromkeys(name.strip() for name in text.split(",")))
     for name in names:
         if name not in known:
             raise UsageError(f"--{flag}: there is no {name!r}; there are: {', '.join(known)}")

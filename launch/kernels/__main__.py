@@ -6,6 +6,7 @@ import importlib
 import importlib.util
 import os
 import pathlib
+import signal
 import sys
 import types
 from collections.abc import Mapping, Sequence
@@ -24,36 +25,44 @@ usage: uv run kernels --op OP --topology NAME[,NAME..] [--FLAG=VALUE ...]
 Compiles a kernel, forward and backward, for a TPU or GPU that need not be there, reads what the
 compiler says of it, and prints what it will take. Exits with 1 where something does not compile.
 """
+DTYPES = ("bfloat16", "float16", "float32")
 FLAGS = {
     "op": Key(str, None, True, (), "a folder of pallas_kernels, as flash_attention"),
     "topology": Key(tuple, (), False, (), f"what to compile for: {', '.join(targets.TARGETS)}"),
     "spec": Key(str, None, True, (), "a shape of the op's specs.py; none is all those tagged aot"),
     "implementation": Key(str, None, True, (), "none is pallas_tpu or pallas_gpu"),
     "peer": Key(str, None, True, (), "also this one, to compare with: splash"),
-    "dtype": Key(str, "bfloat16", False, (), "of the arrays"),
-    "picture": Key(str, None, True, (), "FILE.png of slot use along the programs (one spec)"),
+    "dtype": Key(str, "bfloat16", False, DTYPES, f"of the arrays: {', '.join(DTYPES)}"),
+    "picture": Key(str, None, True, (), "FILE.png of slot use along the programs (one TPU case)"),
     "pieces": Key(bool, False, False, (), "also print every piece of the programs"),
     "tune": Key(bool, False, False, (), "try the implementation's candidates by predicted time"),
     "record": Key(bool, False, False, (), "keep what --tune found in the op's tuned folder"),
     "all": Key(bool, False, False, (), "every op, aot spec and target into experiments/results"),
     "fresh": Key(bool, False, False, (), "with --all: also what the record has already"),
 }
+ALL = ("op", "topology", "spec", "implementation", "all", "fresh")  # what --all goes by
 OWN = "--config.FIELD=VALUE sets a field of the implementation's Config, --FIELD=VALUE of the spec"
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Runs the command. Exits with 2 and one sentence for what is not understood."""
+    """Runs the command. Exits with 2 and one sentence for what is not understood, 130 if killed."""
     argv = sys.argv[1:] if argv is None else list(argv)
     if not argv or {"--help", "-h"} & set(argv):
         print(usage(), end="")
         raise SystemExit(0 if argv else 2)
     os.environ["JAX_PLATFORMS"] = "cpu"  # Compilations have processes of their own.
+    # As Ctrl-C, so that a compiler's process and its folder do not outlive this one.
+    before = signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
         flags, config, spec = parse(argv)
         failed = everything(flags) if flags["all"] else one(flags, config, spec)
     except UsageError as error:
         print(f"kernels: {error}", file=sys.stderr)
         raise SystemExit(2) from None
+    except KeyboardInterrupt:
+        raise SystemExit(130) from None
+    finally:
+        signal.signal(signal.SIGTERM, before)
     raise SystemExit(1 if failed else 0)
 
 
@@ -71,7 +80,10 @@ def parse(argv: Sequence[str]) -> tuple[dict, dict[str, str], dict[str, str]]:
     flags = {name: key.default for name, key in FLAGS.items()}
     config, spec, rest = {}, {}, list(argv)
     while rest:
-        name, sign, text = rest.pop(0).removeprefix("--").partition("=")
+        argument = rest.pop(0)
+        name, sign, text = argument.removeprefix("--").partition("=")
+        if not argument.startswith("--"):
+            raise UsageError(f"{argument!r} is not a flag: flags are --NAME=VALUE, see --help")
         if name in FLAGS and FLAGS[name].kind is bool and not sign:
             text = "true"
         elif not sign:
@@ -86,13 +98,40 @@ def parse(argv: Sequence[str]) -> tuple[dict, dict[str, str], dict[str, str]]:
             spec[name] = text
     if not flags["all"] and not (flags["op"] and flags["topology"]):
         raise UsageError("name what to compile: --op=flash_attention --topology=v5p, or --all")
+    _consistent(flags, config, spec)
     return flags, config, spec
+
+
+def _consistent(flags: Mapping, config: Mapping[str, str], spec: Mapping[str, str]) -> None:
+    """Raises UsageError for a flag that would be ignored beside another."""
+    given = [name for name, key in FLAGS.items() if flags[name] != key.default]
+    given += [f"config.{name}" for name in config] + list(spec)
+    left = [name for name in given if name not in ALL]
+    if flags["all"] and left:
+        raise UsageError(f"--all compiles what the record holds and takes no --{left[0]}")
+    if flags["fresh"] and not flags["all"]:
+        raise UsageError("--fresh is for --all: without it everything is compiled anyway")
+    if flags["record"] and not flags["tune"]:
+        raise UsageError("--record keeps what --tune found: give both")
+    other = next((name for name in ("config", "peer", "pieces", "picture") if name in given), None)
+    if flags["tune"] and (other or config):
+        raise UsageError(f"--tune chooses the config itself and takes no --{other or 'config'}")
+    if flags["picture"] is not None:
+        path = pathlib.Path(flags["picture"])
+        if path.suffix not in (".png", ".svg", ".pdf") or not path.resolve().parent.is_dir():
+            raise UsageError(f"--picture {path}: it must be a .png, .svg or .pdf in a folder")
 
 
 def one(flags: Mapping, config: Mapping[str, str], texts: Mapping[str, str]) -> bool:
     """Compiles what the flags say and prints it; whether anything failed."""
-    done = []
-    for case in cases(flags, config, texts):
+    done, asked = [], cases(flags, config, texts)
+    drawn = sum(case.target.platform == "tpu" for case in asked)
+    if flags["picture"] is not None and drawn != 1:
+        raise UsageError(
+            f"--picture shows one program for a TPU and these are {drawn}: name one --spec, one "
+            f"TPU in --topology and no --peer"
+        )
+    for case in asked:
         needs(case.target.platform)
         if flags["tune"]:
             done += tune.tune(case, flags["record"], say)
@@ -132,26 +171,35 @@ def cases(flags: Mapping, config: Mapping[str, str], texts: Mapping[str, str]) -
     chosen = [known[flags["spec"]]] if flags["spec"] else specs.tagged("aot")
     chosen = [_shaped(spec, texts) for spec in chosen]
     found = []
-    for name in flags["topology"]:
-        target = targets.target(name)
+    for target in map(targets.target, dict.fromkeys(flags["topology"])):
         own = flags["implementation"] or f"pallas_{target.platform}"
         for spec in chosen:
             case = Case(flags["op"], spec, target, own, None, flags["dtype"])
+            child.fits(case.job)
             if config:
                 made = fields.changed(child.chosen(case.job), config, "config.")
                 case = dataclasses.replace(case, config=dataclasses.asdict(made))
             peer = dataclasses.replace(case, implementation=flags["peer"], config=None)
+            if flags["peer"]:
+                child.fits(peer.job)
             found += [case, peer] if flags["peer"] else [case]
-            for each in found[-2:]:
-                child.module(each.job)  # raises where there is no such implementation
     return found
 
 
 def _shaped(spec: Any, texts: Mapping[str, str]) -> Any:
     if not texts:
         return spec
+    own = [field.name for field in dataclasses.fields(spec) if field.name not in ("name", "tag")]
+    for field in texts:
+        if field.partition(".")[0] not in own:
+            near = difflib.get_close_matches(field, [*own, *FLAGS], n=1, cutoff=0.0)
+            raise UsageError(f"--{field} is no field; did you mean --{near[0]}?")
     name = " ".join([spec.name, *(f"{field}={text}" for field, text in texts.items())])
-    return fields.changed(spec, {"name": name, **texts})
+    spec = fields.changed(spec, {"name": name, **texts})
+    for array, (shape, _) in spec.abstract("float32").items():
+        if any(size < 1 for size in shape):
+            raise UsageError(f"{name}: {array} would be {shape}, and every size must be 1 or more")
+    return spec
 
 
 def home(op: str) -> types.ModuleType:
@@ -188,6 +236,8 @@ def everything(flags: Mapping) -> bool:
     record, cases = table.load(RECORD), recorded()
     kept = {case.key: record[case.key] for case in cases if case.key in record}
     todo = [case for case in cases if _asked(case, flags)]
+    if not todo:
+        raise UsageError(f"none of the {len(cases)} cases of --all is what the other flags ask for")
     for i, case in enumerate(todo, 1):
         old = kept.get(case.key, [{}])[0]
         if not flags["fresh"] and "error" not in old and old.get("source") == case.source():

@@ -7,7 +7,6 @@ runs of each heavy piece} or null, "seconds": of the compilation} or {"error": a
 import contextlib
 import dataclasses
 import importlib
-import importlib.util
 import json
 import os
 import subprocess
@@ -162,12 +161,29 @@ def chosen(job: Job) -> Any:
 
 
 def module(job: Job):
-    """The implementation's module in the op's folder, or the peer's in this one."""
-    for home in (f"pallas_kernels.{job.op}", f"launch.kernels.peers.{job.op}"):
-        with contextlib.suppress(ModuleNotFoundError):  # without a home find_spec raises
-            if importlib.util.find_spec(f"{home}.{job.implementation}") is not None:
-                return importlib.import_module(f"{home}.{job.implementation}")
-    raise UsageError(f"{job.op} has no implementation {job.implementation!r}")
+    """The implementation's module in the op's folder, or the peer's. Raises UsageError."""
+    ours = importlib.import_module(f"pallas_kernels.{job.op}").IMPLEMENTATIONS
+    folder = ROOT / "launch/kernels/peers" / job.op
+    peers = sorted(path.stem for path in folder.glob("[!_]*.py"))
+    if job.implementation not in (*ours, *peers):
+        raise UsageError(
+            f"{job.op} has no implementation {job.implementation!r}; there are: "
+            f"{', '.join([*ours, *peers])}"
+        )
+    own = job.implementation in ours
+    home = f"pallas_kernels.{job.op}" if own else f"launch.kernels.peers.{job.op}"
+    return importlib.import_module(f"{home}.{job.implementation}")
+
+
+def fits(job: Job) -> None:
+    """Raises UsageError: there is no such implementation, or it is for another platform."""
+    home, platform = module(job), targets.target(job.target).platform
+    own = importlib.import_module(f"pallas_kernels.{job.op}").IMPLEMENTATIONS
+    on = own.get(job.implementation, getattr(home, "PLATFORM", None))  # peers have the latter
+    if on not in (None, platform):
+        raise UsageError(
+            f"{job.implementation} is for a {on.upper()}, and {job.target} is a {platform.upper()}"
+        )
 
 
 def mesh(target: targets.Target):

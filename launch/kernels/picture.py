@@ -16,7 +16,8 @@ def draw(
 ) -> None:
     """A panel a program: a row a slot class, dark where it is full; heavy pieces are framed.
 
-    executions: {program: runs of its heavy pieces in one call}, written above them.
+    executions: {program: runs of its heavy pieces in one call}, written above them behind the
+    address where they start, as in the table of `program.render`.
 
     Raises UsageError: matplotlib is not installed.
     """
@@ -46,7 +47,7 @@ def _panel(axes, name: str, program: Program, runs: Sequence[float] | None) -> N
         if piece in program.heavy:
             axes.axvspan(start, stop, fill=False, edgecolor="tab:red", linewidth=0.8)
             times = next(given, None)
-            label = "" if times is None else f"x{times:,.0f}"
+            label = f"{piece.start:#x}" + ("" if times is None else f"  x{times:,.0f}")
             axes.annotate(label, ((start + stop) / 2, 0), (0, 3), ha="center", fontsize=8,
                           textcoords="offset points")  # fmt: skip
         start = stop

@@ -184,6 +184,11 @@ def passes(found: Mapping[str, dict], executions: Mapping[str, Sequence[float]] 
             if runs is None and program.heavy:
                 known = ", ".join(executions) or "nothing"
                 raise MismatchError(f"{mismatch(program, None)}\n(it speaks of {known})")
+            if program.bound is None and runs and not program.heavy:
+                raise MismatchError(
+                    f"the grid of {name} has one step a core, and its program no loop whose pieces "
+                    "could be counted: choose a larger batch, more heads or a longer sequence"
+                )
             runs = runs or []
         side = "backward" if any(word in name for word in BACKWARD) else "forward"
         sorted_[side][name] = Kernel(program, facts["grid"], facts["calls"], runs)

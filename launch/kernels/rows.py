@@ -4,12 +4,14 @@ import dataclasses
 import hashlib
 import importlib.metadata
 import json
+import pathlib
 from collections.abc import Mapping
 from typing import Any
 
 from launch.files import ROOT
 from launch.kernels import child, predict
 from launch.kernels.targets import Target
+from pallas_kernels import tuning
 
 DIGITS = 4  # significant digits that are kept of a prediction
 PEERS = ROOT / "launch/kernels/peers"
@@ -31,7 +33,9 @@ class Case:
     def key(self) -> str:
         """What a row is found by, with its pass."""
         config = "" if self.config is None else f" {json.dumps(self.config, sort_keys=True)}"
-        return f"{self.op} {self.spec.name} {self.implementation}{config} {self.target.name}"
+        dtype = "" if self.dtype == "bfloat16" else f" {self.dtype}"
+        how = f"{self.implementation}{config}{dtype}"
+        return f"{self.op} {self.spec.name} {how} {self.target.name}"
 
     @property
     def job(self) -> child.Job:
@@ -41,21 +45,25 @@ class Case:
         return child.Job(*names, self.config, self.dtype)
 
     def source(self) -> str:
-        """A hash of all that the row depends on: the spec, the sources and the compilers."""
-        kernels = ROOT / "pallas_kernels"
+        """A hash of all that the row depends on: shape, bounds, target, sources and compilers."""
+        kernels, own = ROOT / "pallas_kernels", ROOT / "pallas_kernels" / self.op
         other = {"tpu": "gpu", "gpu": "tpu"}[self.target.platform]
-        own = sorted((kernels / self.op).rglob("*"))
-        kept = [p for p in own if p.suffix in (".py", ".json") and not _other(p.name, other)]
-        kept += sorted(kernels.glob("*.py"))
+        kept = [p for p in sorted(own.rglob("*.py")) if not _other(p.name, other)]
+        kept += sorted(kernels.glob("*.py")) + self._tuned(own)
         peer = PEERS / self.op / f"{self.implementation}.py"
-        kept = [peer] if peer.exists() else kept
-        digest = hashlib.sha256(json.dumps(dataclasses.asdict(self.job)).encode())
+        kept = [peer, own / "blocks.py", own / "reference.py"] if peer.exists() else kept
+        known = [dataclasses.asdict(self.job), dataclasses.asdict(self.target)]
+        known += [bounds(self, side) for side in ("forward", "backward")]
+        known += [{name: _version(name) for name in COMPILERS[self.target.platform]}]
+        digest = hashlib.sha256(json.dumps(known).encode())
         for path in kept:
-            if path.name != "specs.py":
+            if path.name != "specs.py" and path.exists():
                 digest.update(path.name.encode() + path.read_bytes())
-        for name in COMPILERS[self.target.platform]:
-            digest.update(f"{name} {_version(name)}".encode())
         return digest.hexdigest()[:16]
+
+    def _tuned(self, own: pathlib.Path) -> list[pathlib.Path]:
+        """The record of tunings for this kind of device."""
+        return [tuning.record(own.name, self.target.device_kind)]
 
 
 def _other(name: str, platform: str) -> bool:
@@ -89,7 +97,9 @@ def rows(case: Case) -> tuple[list[dict], dict]:
     base["chosen"] = [entry["config"] for entry in result["choices"]]
     try:
         make = _tpu if case.target.platform == "tpu" else _gpu
-        return [base | row for row in make(case, result)], result
+        found = [base | row for row in make(case, result)]
+        nothing = f"it runs no Pallas kernel for {case.target.name}, so that there is none to read"
+        return found or [base | {"pass": "", "error": nothing}], result
     except predict.MismatchError as error:
         return [base | {"pass": "", "error": str(error)}], result
 

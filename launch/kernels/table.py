@@ -34,7 +34,8 @@ def markdown(rows: Iterable[Mapping]) -> str:
         f"- {' '.join(filter(None, _names(row)))}: {row['error']}" for row in rows if "error" in row
     ]
     parts += ["\n".join(failed)] if failed else []
-    return "\n\n".join([*parts, NOTES, *_compilers(rows)]) + "\n"
+    parts += [NOTES] if len(failed) < len(rows) else []
+    return "\n\n".join([*parts, *_compilers(rows)]) + "\n"
 
 
 def _compilers(rows: Iterable[Mapping]) -> list[str]:

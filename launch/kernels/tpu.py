@@ -59,6 +59,8 @@ def compile(
     calls = list(_calls(traced.jaxpr.jaxpr))
     shared = {"temporaries": compiled.memory_analysis().temp_size_in_bytes}
     found = {}
+    if not calls:
+        return found  # What else is dumped, as xla's own loops, is no kernel.
     for name, programs in _named(llo.read(pathlib.Path(folder)), {name for name, _ in calls}):
         grids = [grid for called, grid in calls if called == name]
         for i, program in enumerate(programs):

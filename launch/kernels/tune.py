@@ -17,7 +17,7 @@ def tune(case: Case, record: bool, say: Callable[[str], None]) -> list[dict]:
       record: keep the best in the op's `tuned` folder, for the key that `tuning.choose` was asked.
 
     Raises:
-      UsageError: the implementation has no `candidates`, or none compiles.
+      UsageError: the implementation has no `candidates`, or none that compiles and is counted.
     """
     if case.target.platform != "tpu":
         raise UsageError("--tune goes by predicted time, and only TPUs have one")
@@ -26,21 +26,26 @@ def tune(case: Case, record: bool, say: Callable[[str], None]) -> list[dict]:
         raise UsageError(f"{case.implementation} of {case.op} has no `candidates` to try")
     with child.mesh(case.target):
         candidates = [dataclasses.asdict(config) for config in module.candidates(case.spec)]
+    if not candidates:
+        raise UsageError(f"{case.implementation} has no candidates for {case.spec.name}")
     tried = []
     for i, config in enumerate(candidates, 1):
         say(f"{i}/{len(candidates)} {config}")
         found, result = rows.rows(dataclasses.replace(case, config=config))
         total = sum(row.get("ms", float("inf")) for row in found)
         tried.append((total, i, found, result))
-        say(
-            f"  {total:.4g} ms" if total < float("inf") else f"  {found[0].get('error', 'no time')}"
-        )
+        say(f"  {total:.4g} ms" if total < float("inf") else f"  {_why(found)}")
     tried.sort(key=lambda entry: entry[:2])
-    if not tried or tried[0][0] == float("inf"):
-        raise UsageError(f"none of {len(candidates)} candidates of {case.implementation} compiles")
+    if tried[0][0] == float("inf"):
+        why = _why(tried[0][2])
+        raise UsageError(f"none of {len(candidates)} candidates has a time, the first as: {why}")
     if record:
         say(f"kept in {keep(case, tried[0][3], tried[0][0])}")
     return [row for _, _, found, _ in tried for row in found]
+
+
+def _why(found: list[dict]) -> str:
+    return found[0].get("error", "no time").splitlines()[0]
 
 
 def keep(case: Case, result: dict, ms: float) -> pathlib.Path:

@@ -247,7 +247,7 @@ def test_padding_is_not_compared():
         (["--op=slow_attention"], "there is no kernel pallas_kernels/slow_attention"),
         (["--spec=plain,huge"], "--spec: there is no 'huge'; there are: plain, "),
         (["--passes=sideways"], "--passes: there is no 'sideways'; there are: forward, backward"),
-        (["--dtype=int8"], "--dtype: there is no 'int8'; there are: bf16, f16, f32"),
+        (["--dtype=bf16,f16"], "--dtype: there is no 'bf16,f16'; there are: bf16, f16, f32"),
         (["--against=cudnn"], "--against: no peer is called 'cudnn'; there are: jax.nn xla, "),
         (["--repetitions=0"], "--repetitions must be at least 1"),
     ],

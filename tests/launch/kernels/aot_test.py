@@ -42,7 +42,7 @@ def test_compiles_to_what_is_on_record(case):
         assert row["temporaries"] <= old["temporaries"] * (1 + WITHIN)
         if case.target.platform == "tpu":
             assert row["counted"]
-            assert row["spills"] <= old["spills"]
+            assert row["spills"] <= old["spills"] * (1 + WITHIN)
             for name in ("ms", "cycles", "bundles"):
                 assert row[name] == pytest.approx(old[name], rel=WITHIN), name
         else:

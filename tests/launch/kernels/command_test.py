@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import signal
 
 import pytest
 
@@ -44,6 +45,20 @@ def test_help(capsys):
         ((OP, "--topology=v5p", "--L=many"), "--L takes an integer and got 'many'"),
         ((OP, "--topology=v5p", "--peer=slash"), "no implementation 'slash'"),
         ((OP, "--topology=v5p", "--fresh=perhaps"), "--fresh takes true or false"),
+        (("flash_attention", "v5p"), "'flash_attention' is not a flag"),
+        ((OP, "--topology=v5p", "--topolgy=v5e"), "did you mean --topology?"),
+        ((OP, "--topology=v5p", "--name=x"), "--name is no field"),
+        ((OP, "--topology=v5p", f"--spec={FIRST.name}", "--L=-8"), "every size must be 1 or more"),
+        ((OP, "--topology=v5p", "--dtype=bf16"), "--dtype takes bfloat16 | float16 | float32"),
+        ((OP, "--topology=v5p", "--implementation=specs"), "'specs'; there are: pallas_tpu, "),
+        ((OP, "--topology=v5p", "--implementation=pallas_gpu"), "pallas_gpu is for a GPU, and v5p"),
+        ((OP, "--topology=h100", "--peer=splash"), "splash is for a TPU, and h100 is a GPU"),
+        ((OP, "--topology=v5p", "--record"), "--record keeps what --tune found: give both"),
+        ((OP, "--topology=v5p", "--tune", "--pieces"), "--tune chooses the config itself"),
+        ((OP, "--topology=v5p", "--picture=/nowhere/x.png"), "--picture /nowhere/x.png: it must"),
+        ((OP, "--topology=v5p", "--picture=x.png"), "--picture shows one program for a TPU and"),
+        (("--all", "--L=8"), "--all compiles what the record holds and takes no --L"),
+        (("--all", "--topology=v9"), "none of the "),
     ],
 )
 def test_what_is_not_understood_is_one_sentence(capsys, argv, sentence):
@@ -59,6 +74,27 @@ def test_without_a_compiler_it_names_the_extra(capsys, monkeypatch, topology):
     monkeypatch.setattr(command.importlib.util, "find_spec", lambda name: None)
     with pytest.raises(command.UsageError, match="uv sync --extra aot"):
         command.needs(TARGETS[topology].platform)
+
+
+def test_what_is_stopped_says_nothing(capsys, monkeypatch):
+    def stopped(case):
+        signal.raise_signal(signal.SIGTERM)
+
+    before = signal.getsignal(signal.SIGTERM)
+    monkeypatch.setattr(rows, "rows", stopped)
+    monkeypatch.setattr(command, "needs", lambda platform: None)
+    code, out, err = run(capsys, OP, "--topology=v5p", f"--spec={FIRST.name}")
+    assert (code, out, err.count("\n")) == (130, "", 1)
+    assert signal.getsignal(signal.SIGTERM) is before
+
+
+def test_what_runs_no_kernel_is_an_error(monkeypatch):
+    empty = {"kernels": {}, "executions": None, "seconds": 1.0, "choices": []}
+    monkeypatch.setattr(child, "run", lambda job: empty)
+    for name in ("v5p", "h200"):
+        found, _ = rows.rows(rows.Case("flash_attention", FIRST, TARGETS[name], "xla"))
+        assert "no Pallas kernel" in found[0]["error"]
+        assert table.NOTES not in table.markdown(found)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -119,6 +119,12 @@ def test_passes():
         predict.passes({"op_forward": facts}, {"other": [10]})
 
 
+def test_a_program_without_a_loop_is_not_counted():
+    facts = {"program": program([piece(0, 100, depth=0)], None).plain(), "grid": 2, "calls": 1}
+    with pytest.raises(predict.MismatchError, match="one step a core"):
+        predict.passes({"op_forward": facts}, {"op_forward": [2]})
+
+
 @pytest.mark.parametrize("chip", TPUS, ids=lambda chip: chip.name)
 def test_matrix_units_make_the_peak(chip: Target):
     """Makers round: v5e's clock is 1.503 GHz by its peak."""
