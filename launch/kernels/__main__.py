@@ -140,12 +140,12 @@ def one(flags: Mapping, config: Mapping[str, str], texts: Mapping[str, str]) -> 
         found, result = rows.rows(case)
         done += found
         if flags["pieces"] or flags["picture"]:
-            show(result, flags)
+            show(case, result, flags)
     print(table.markdown(done), end="")
     return any("error" in row for row in done)
 
 
-def show(result: Mapping, flags: Mapping) -> None:
+def show(case: Case, result: Mapping, flags: Mapping) -> None:
     """Every piece of a compiled program, as text and as a picture."""
     from launch.kernels import picture
     from launch.kernels.program import Program, render
@@ -158,7 +158,8 @@ def show(result: Mapping, flags: Mapping) -> None:
     if flags["pieces"]:
         print(*map(render, programs.values()), sep="\n\n", end="\n\n")
     if flags["picture"] and programs:
-        picture.draw(programs, result["executions"], pathlib.Path(flags["picture"]))
+        title = f"{case.spec.name}, {case.implementation}, {case.target.name}"
+        picture.draw(programs, result["executions"], pathlib.Path(flags["picture"]), title)
 
 
 def cases(flags: Mapping, config: Mapping[str, str], texts: Mapping[str, str]) -> list[Case]:

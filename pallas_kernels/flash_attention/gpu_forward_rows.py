@@ -148,14 +148,15 @@ def _softmax(s, seen, m, total, options: Options):
     Returns:
       p = exp2(s - new maximum) [64 C], the maximum, the sum, and the factor of what came before.
     """
-    factor = options.scale * LOG2_E
+    factor, offset = options.scale * LOG2_E, 0.0
     if options.softcap is not None:
-        s = gpu_tiles.tanh(s * (options.scale / options.softcap))
-        factor = options.softcap * LOG2_E
+        # tanh x = 1 - 2 / (1 + exp 2x), to float32's precision; the hardware's own has 11 bits.
+        s = 1 / (-1 - jnp.exp2(s * (2 * LOG2_E * options.scale / options.softcap)))
+        factor, offset = 2 * options.softcap * LOG2_E, options.softcap * LOG2_E
     if seen is not None:
         s = jnp.where(seen, s, -jnp.inf)
-    peak = jnp.maximum(m, jnp.max(s, axis=1) * factor)
-    p = jnp.exp2(s * factor - lax.broadcast_in_dim(peak, s.shape, [0]))
+    peak = jnp.maximum(m, jnp.max(s, axis=1) * factor + offset)
+    p = jnp.exp2(s * factor - lax.broadcast_in_dim(peak - offset, s.shape, [0]))
     decay = jnp.exp2(m - peak)
     return p, peak, total * decay + jnp.sum(p, axis=1), decay
 
