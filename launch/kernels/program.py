@@ -10,7 +10,7 @@ that is bound by its matrix units there may be fewer bundles than these are busy
 import dataclasses
 import math
 
-LEAST, LEAST_INNER = 64, 16  # bundles of a heavy piece, in the grid loop and in loops inside it
+LEAST, LEAST_INNER = 64, 32  # bundles of a heavy piece, in the grid loop and in loops inside it
 
 
 @dataclasses.dataclass(frozen=True)
@@ -66,7 +66,7 @@ class Program:
     def heavy(self) -> tuple[Piece, ...]:
         """The pieces whose number of runs a prediction must be told, in the order of the text.
 
-        Those inside the grid loop of 64 bundles or more, inside a further loop of 16 or more. A
+        Those inside the grid loop of 64 bundles or more, inside a further loop of 32 or more. A
         piece that hardly uses the vector slots only steers the pipeline and runs once a grid step.
         """
         return tuple(piece for piece in self.pieces if self._is_heavy(piece))
