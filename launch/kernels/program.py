@@ -10,7 +10,8 @@ that is bound by its matrix units there may be fewer bundles than these are busy
 import dataclasses
 import math
 
-LEAST, LEAST_INNER = 64, 32  # bundles of a heavy piece, in the grid loop and in loops inside it
+STEERING = ("SALU", "VLOAD", "VLOAD:FILL")  # slots that a piece that only steers may use
+LEAST, LEAST_INNER = 64, 16  # bundles of a heavy piece, in the grid loop and in loops inside it
 
 
 @dataclasses.dataclass(frozen=True)
@@ -66,13 +67,13 @@ class Program:
     def heavy(self) -> tuple[Piece, ...]:
         """The pieces whose number of runs a prediction must be told, in the order of the text.
 
-        Those inside the grid loop of 64 bundles or more, inside a further loop of 32 or more. A
+        Those inside the grid loop of 64 bundles or more, inside a further loop of 16 or more. A
         piece that hardly uses the vector slots only steers the pipeline and runs once a grid step.
         """
         return tuple(piece for piece in self.pieces if self._is_heavy(piece))
 
     def _is_heavy(self, piece: Piece) -> bool:
-        vector = sum(n for name, n in piece.slots.items() if name != "SALU")
+        vector = sum(n for name, n in piece.slots.items() if name not in STEERING)
         least = LEAST if piece.depth == 1 else LEAST_INNER
         return piece.depth > 0 and piece.bundles >= least and vector >= piece.bundles / 4
 
