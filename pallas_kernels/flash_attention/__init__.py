@@ -14,13 +14,13 @@ from pallas_kernels.flash_attention import sinks as sink
 from pallas_kernels.flash_attention.reference import Options
 
 # The modules, in the order in which implementation=None tries them, and the platform of those that
-# are for one. Each offers `forward` and `backward`, those in TUNED also `Config`. On a GPU cuDNN is
-# tried before pallas_gpu, which no GPU has timed yet.
+# are for one. Each offers `forward` and `backward`, those in TUNED also `Config`. pallas_gpu is
+# behind xla, which takes everything: what no GPU has run yet must be asked for by name.
 IMPLEMENTATIONS = {
     "pallas_tpu": "tpu",
     "cudnn": "gpu",
-    "pallas_gpu": "gpu",
     "xla": None,
+    "pallas_gpu": "gpu",
     "reference": None,
 }
 TUNED = ("pallas_tpu", "pallas_gpu")
@@ -74,8 +74,8 @@ def flash_attention(
       sinks: one logit a head that takes its share of the softmax and has no value.
       return_lse: whether to return (o, lse); lse has a gradient too.
       implementation: name in IMPLEMENTATIONS; None takes the first that can, of the target's
-        platform: on a TPU pallas_tpu, on a GPU cudnn, else pallas_gpu; then xla. An array without
-        elements is left to reference.
+        platform: on a TPU pallas_tpu, on a GPU cudnn; then xla. An array without elements is
+        left to reference.
       config: of the named implementation, its module's Config; None lets `tuning.choose` decide.
 
     Returns:

@@ -214,7 +214,7 @@ def test_documents_of_other_blocks_are_not_read(monkeypatch):
     [
         ("tpu", "TPU v5", "float32", 2, "flash_attention_forward"),
         ("gpu", "NVIDIA H200", "bfloat16", 0, "dot_product_attention_fwd"),
-        ("gpu", "NVIDIA H200", "bfloat16", 2, "flash_attention_forward"),
+        ("gpu", "NVIDIA H200", "bfloat16", 2, "dot_general"),
         ("gpu", "NVIDIA H200", "float32", 0, "dot_general"),
         ("cpu", "cpu", "bfloat16", 0, "dot_general"),
     ],

@@ -21,8 +21,9 @@ from parallel.rules import spec
 from parallel.weight import Entry, Weight
 from tests import hlo
 from tests.contracts import optim_test
+from tests.models.built import place
 from tests.training import accumulate_test as toy
-from tests.training.program_test import SMALL, V, _batch, _place
+from tests.training.program_test import SMALL, V, _batch
 from training import program
 from training.accumulate import value_and_grad
 
@@ -51,8 +52,8 @@ def _run(stage, **sizes):
         state, states, losses = built.init(), [], []
         for number in range(STEPS):
             states.append(jax.device_get(state))
-            state = _place(states[-1], built.state)  # as after a checkpoint
-            state, metrics = built.step(state, _place(_batch(number), built.batch))
+            state = place(states[-1], built.state)  # as after a checkpoint
+            state, metrics = built.step(state, place(_batch(number), built.batch))
             losses.append(metrics["loss"])
     return Run(built, [*states, jax.device_get(state)], state, np.array(losses))
 
