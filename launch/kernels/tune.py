@@ -30,7 +30,7 @@ def tune(case: Case, record: bool, say: Callable[[str], None]) -> list[dict]:
         raise UsageError(f"{case.implementation} has no candidates for {case.spec.name}")
     tried = []
     for i, config in enumerate(candidates, 1):
-        say(f"{i}/{len(candidates)} {config}")
+        say(f"{i}/{len(candidates)} {_differing(config, candidates)}")
         found, result = rows.rows(dataclasses.replace(case, config=config))
         total = sum(row.get("ms", float("inf")) for row in found)
         tried.append((total, i, found, result))
@@ -42,6 +42,12 @@ def tune(case: Case, record: bool, say: Callable[[str], None]) -> list[dict]:
     if record:
         say(f"kept in {keep(case, tried[0][3], tried[0][0])}")
     return [row for _, _, found, _ in tried for row in found]
+
+
+def _differing(config: dict, candidates: list[dict]) -> str:
+    """The fields in which candidates differ."""
+    names = [name for name in config if any(other[name] != config[name] for other in candidates)]
+    return " ".join(f"{name}={config[name]}" for name in names or config)
 
 
 def _why(found: list[dict]) -> str:
