@@ -211,7 +211,8 @@ def _held(last: Int[Array, "B"], T: int, first: int) -> Int[Array, "B T"]:
     Position p < first is in slot p, and the ring of the W = T - first others holds p in slot
     first + (p - first) % W. Where all positions have a slot, the ring has one at least.
     """
-    first, last, slot = min(first, T - 1), last[:, None], jnp.arange(T)[None]
+    first, last = min(first, T - 1), last[:, None]
+    slot = jnp.arange(T)[None] + 0 * last  # laid out like last, as `where` wants its arguments
     ring = (last - first) - (last - slot) % (T - first)
     leading = jnp.where(slot <= last, slot, -1)
     return jnp.where(slot < first, leading, jnp.where(ring >= 0, first + ring, -1))

@@ -263,7 +263,7 @@ def test_remat_can_keep_the_output_and_then_runs_the_forward_pass_once():
         ({"softcap": 0.0}, "0.0 is not positive"),
         ({"first": 4}, "so 4 with window None means nothing"),
         ({"first": -1, "window": 3}, "so -1 with window 3 means nothing"),
-        ({"implementation": "cuda"}, "'cuda'; there are: pallas_tpu, cudnn, pallas_gpu, xla, ref"),
+        ({"implementation": "cuda"}, "'cuda'; there are: pallas_tpu, cudnn, xla, pallas_gpu, ref"),
         ({"config": 7}, "config 7 is for one of the implementations pallas_tpu, pallas_gpu: name"),
         ({"config": 7, "implementation": "xla"}, "config 7 is for one of the implementations"),
     ],
