@@ -169,7 +169,7 @@ from launch import encoders, tokenize
 encode, encoders.TASK_BYTES = encoders.encode, 1
 
 def slowly(*args):
-    time.sleep(0.1)
+    time.sleep(0.3)
     return encode(*args)
 
 encoders.encode = slowly
