@@ -265,7 +265,7 @@ def recorded() -> list[Case]:
             for target in targets.TARGETS.values():
                 case = Case(op, spec, target, f"pallas_{target.platform}")
                 found.append(case)
-                for name in sorted(path.stem for path in (rows.PEERS / op).glob("[!_]*.py")):
+                for name in child.peers(op):
                     other = dataclasses.replace(case, implementation=name)
                     peer = child.module(other.job)
                     found += [other] if target.platform == peer.PLATFORM and peer.can(spec) else []

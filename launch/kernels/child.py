@@ -9,6 +9,7 @@ import dataclasses
 import importlib
 import json
 import os
+import pathlib
 import subprocess
 import sys
 import tempfile
@@ -163,16 +164,21 @@ def chosen(job: Job) -> Any:
 def module(job: Job):
     """The implementation's module in the op's folder, or the peer's. Raises UsageError."""
     ours = importlib.import_module(f"pallas_kernels.{job.op}").IMPLEMENTATIONS
-    folder = ROOT / "launch/kernels/peers" / job.op
-    peers = sorted(path.stem for path in folder.glob("[!_]*.py"))
-    if job.implementation not in (*ours, *peers):
+    others = peers(job.op)
+    if job.implementation not in (*ours, *others):
         raise UsageError(
             f"{job.op} has no implementation {job.implementation!r}; there are: "
-            f"{', '.join([*ours, *peers])}"
+            f"{', '.join([*ours, *others])}"
         )
     own = job.implementation in ours
     home = f"pallas_kernels.{job.op}" if own else f"launch.kernels.peers.{job.op}"
     return importlib.import_module(f"{home}.{job.implementation}")
+
+
+def peers(op: str) -> dict[str, pathlib.Path]:
+    """{name: file} of the kernels of others that an op has."""
+    found = (ROOT / "launch/kernels/peers" / op).glob("[!_]*.py")
+    return {path.stem: path for path in sorted(found)}
 
 
 def fits(job: Job) -> None:

@@ -4,7 +4,6 @@ import dataclasses
 import hashlib
 import importlib.metadata
 import json
-import pathlib
 from collections.abc import Mapping
 from typing import Any
 
@@ -14,7 +13,6 @@ from launch.kernels.targets import Target
 from pallas_kernels import tuning
 
 DIGITS = 4  # significant digits that are kept of a prediction
-PEERS = ROOT / "launch/kernels/peers"
 COMPILERS = {"tpu": ("jax", "libtpu"), "gpu": ("jax", "jax-cuda13-plugin")}
 
 
@@ -49,9 +47,9 @@ class Case:
         kernels, own = ROOT / "pallas_kernels", ROOT / "pallas_kernels" / self.op
         other = {"tpu": "gpu", "gpu": "tpu"}[self.target.platform]
         kept = [p for p in sorted(own.rglob("*.py")) if not _other(p.name, other)]
-        kept += sorted(kernels.glob("*.py")) + self._tuned(own)
-        peer = PEERS / self.op / f"{self.implementation}.py"
-        kept = [peer, own / "blocks.py", own / "reference.py"] if peer.exists() else kept
+        kept += [*sorted(kernels.glob("*.py")), tuning.record(self.op, self.target.device_kind)]
+        if peer := child.peers(self.op).get(self.implementation):
+            kept = [peer, own / "blocks.py", own / "reference.py"]
         known = [dataclasses.asdict(self.job), dataclasses.asdict(self.target)]
         known += [bounds(self, side) for side in ("forward", "backward")]
         known += [{name: _version(name) for name in COMPILERS[self.target.platform]}]
@@ -60,10 +58,6 @@ class Case:
             if path.name != "specs.py" and path.exists():
                 digest.update(path.name.encode() + path.read_bytes())
         return digest.hexdigest()[:16]
-
-    def _tuned(self, own: pathlib.Path) -> list[pathlib.Path]:
-        """The record of tunings for this kind of device."""
-        return [tuning.record(own.name, self.target.device_kind)]
 
 
 def _other(name: str, platform: str) -> bool:

@@ -35,6 +35,17 @@ def kinds(T: int, C: int, L: int, S: int, q_segments, kv_segments, options: Opti
     return some.astype(np.int32) + (some & every & whole).astype(np.int32)
 
 
+def in_front(seen):
+    """Where the last dimension is True, and how often.
+
+    Returns:
+      int32 [.. n]: the indices of the True in order, then the others; int32 [..]: how many are.
+    """
+    xp = np if isinstance(seen, np.ndarray) else jnp
+    order = xp.argsort(~seen, axis=-1, stable=True)
+    return order.astype(np.int32), seen.sum(-1, dtype=np.int32)
+
+
 def _block_edges(block: int, size: int, shift: int) -> tuple[np.ndarray, np.ndarray]:
     """First and last position of each block."""
     starts = np.arange(0, size, block)

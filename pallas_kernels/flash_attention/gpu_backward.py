@@ -18,10 +18,9 @@ from pallas_kernels.flash_attention import blocks
 from pallas_kernels.flash_attention import gpu_tiles as tiles
 from pallas_kernels.flash_attention.gpu_backward_columns import ByColumns
 from pallas_kernels.flash_attention.gpu_backward_keys import ByKeys
-from pallas_kernels.flash_attention.gpu_backward_tile import CONSUMERS, LOG2E, ROWS, Plan, Tile
-from pallas_kernels.flash_attention.reference import Options, mark
+from pallas_kernels.flash_attention.gpu_backward_tile import CONSUMERS, ROWS, Plan, Tile
+from pallas_kernels.flash_attention.reference import Options, mark, row_terms
 
-SHARED = 232448  # bytes of shared memory that a thread block can have
 # Of each head size the (block_q, block_kv) whose accumulators fit in registers.
 TILES = {64: ((128, 128),), 128: ((64, 128), (64, 64)), 256: ((64, 64),)}
 
@@ -87,7 +86,9 @@ def backward(
     inputs |= dict(rows=_rows(o, lse, do, dlse, rows), numbers=np.arange(ROWS, dtype=np.int32))
     inputs |= dict(zip(("order", "counts"), visits(kinds), strict=True))
     if q_segments is not None:
-        inputs |= dict(q_segments=_lengthen(q_segments, T), kv_segments=_lengthen(kv_segments, C))
+        inputs |= dict(
+            q_segments=tiles.lengthen(q_segments, T), kv_segments=tiles.lengthen(kv_segments, C)
+        )
     # A sum in device memory must start from zeros, hence a reference and not an output.
     dq = jax.new_ref(jnp.zeros((1 if adds else -(-S // C), B, H, rows, D), jnp.float32))
     sizes, has = (B, L, H, S, G, D, T, C), (q_segments is not None, options.softcap is not None)
@@ -109,9 +110,9 @@ def visits(kinds):
     """
     xp = np if isinstance(kinds, np.ndarray) else jnp
     kinds = kinds.swapaxes(1, 2)
-    order = xp.argsort(kinds == blocks.NONE, axis=2, stable=True)
+    order, counts = blocks.in_front(kinds != blocks.NONE)
     order = 4 * order + xp.take_along_axis(kinds, order, 2)
-    return order.astype(np.int32), (kinds != blocks.NONE).sum(2).astype(np.int32)
+    return order.astype(np.int32), counts
 
 
 def _fill(config: Backward, D: int) -> Backward:
@@ -129,29 +130,24 @@ def _fill(config: Backward, D: int) -> Backward:
 def _form(plan: Plan, dtype) -> type[Tile]:
     form = ByKeys if plan.C == 128 else ByColumns
     size = form.shared(plan, dtype)
-    if size > SHARED:
+    if size > tiles.SHARED:
         raise ValueError(
             f"The gradients' kernel needs {size} bytes of shared memory with {plan.stages} stages, "
-            f"but a thread block has {SHARED}: take fewer."
+            f"but a thread block has {tiles.SHARED}: take fewer."
         )
     return form
 
 
 def _rows(o, lse, do, dlse, rows: int):
     """lse in powers of two and delta, float32 [B H 2 rows]; exp2(s - lse) is 0 in the padding."""
-    delta = jnp.sum(do.astype(jnp.float32) * o.astype(jnp.float32), -1) - dlse
-    lse = jnp.where(lse == -jnp.inf, jnp.inf, lse) * LOG2E
+    lse, delta = row_terms(o, lse, do, dlse)
     width = (0, 0), (0, rows - lse.shape[1]), (0, 0)
-    both = jnp.pad(lse, width, constant_values=jnp.inf), jnp.pad(delta, width)
+    both = jnp.pad(lse * tiles.LOG2E, width, constant_values=jnp.inf), jnp.pad(delta, width)
     return jnp.stack(both).transpose(1, 3, 0, 2)
 
 
 def _widen(x, D: int):
     return x if x.shape[3] == D else jnp.pad(x, ((0, 0), (0, 0), (0, 0), (0, D - x.shape[3])))
-
-
-def _lengthen(x, block: int):
-    return jnp.pad(x, ((0, 0), (0, -x.shape[1] % block)))
 
 
 def _kernel(plan: Plan, inputs: tuple[str, ...], dtype, options: Options):

@@ -11,9 +11,9 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels.flash_attention import blocks
 from pallas_kernels.flash_attention import gpu_tiles as tiles
+from pallas_kernels.flash_attention.gpu_tiles import LOG2E
 from pallas_kernels.flash_attention.reference import Options
 
-LOG2E = math.log2(math.e)
 CONSUMERS = 2
 KEYS = 64  # rows of one matrix instruction
 ROWS = 64  # queries whose scores are in registers at once

@@ -18,10 +18,9 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels.flash_attention import gpu_order, gpu_tiles
 from pallas_kernels.flash_attention.gpu_forward_rows import Shape, multiply
-from pallas_kernels.flash_attention.gpu_tiles import ROWS, TILED
+from pallas_kernels.flash_attention.gpu_tiles import ROWS, SHARED, TILED
 from pallas_kernels.flash_attention.reference import Options, mark
 
-SHARED = 232448  # bytes of shared memory that a thread block can have
 REGISTERS = {2: (32, 240), 3: (32, 160)}  # of the loading thread and the others, by warpgroups
 
 
@@ -42,7 +41,8 @@ def forward(q, k, v, q_segments, kv_segments, options: Options, config):
     if q_segments is not None:
         kv_segments = mark(kv_segments, options)
         lists = gpu_order.listed(T, C, L, S, q_segments, kv_segments, options)
-        segments = (_pad(q_segments, T), _pad(kv_segments, C), lists)
+        lengthen = gpu_tiles.lengthen
+        segments = lengthen(q_segments, T), lengthen(kv_segments, C), lists
     q, k, v = map(gpu_tiles.pad_heads, (q, k, v))
     sizes = (L, S, H // G, q.shape[3], v.shape[3], T, C)
     shape = Shape(*sizes, config.stages, config.turns, config.share, q.dtype)
@@ -64,10 +64,6 @@ def _check(shape: Shape):
             f"{shape.stages} tiles of {shape.C} keys beside {shape.T} queries take {need} bytes of "
             f"shared memory, of which there are {SHARED}: use fewer stages or smaller tiles."
         )
-
-
-def _pad(segments, block: int):
-    return jnp.pad(segments, ((0, 0), (0, -segments.shape[1] % block)))
 
 
 def _call(shape: Shape, options: Options, work: gpu_order.Work, segments: bool):

@@ -15,11 +15,10 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels.flash_attention import gpu_tiles
-from pallas_kernels.flash_attention.gpu_tiles import ROWS, WGMMA
+from pallas_kernels.flash_attention.gpu_tiles import LOG2E, ROWS, WGMMA
 from pallas_kernels.flash_attention.reference import Options
 
 FLOOR = -1e30  # below any scaled score: a row that saw nothing yet has this maximum
-LOG2_E = math.log2(math.e)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -148,11 +147,11 @@ def _softmax(s, seen, m, total, options: Options):
     Returns:
       p = exp2(s - new maximum) [64 C], the maximum, the sum, and the factor of what came before.
     """
-    factor, offset = options.scale * LOG2_E, 0.0
+    factor, offset = options.scale * LOG2E, 0.0
     if options.softcap is not None:
         # tanh x = 1 - 2 / (1 + exp 2x), to float32's precision; the hardware's own has 11 bits.
-        s = 1 / (-1 - jnp.exp2(s * (2 * LOG2_E * options.scale / options.softcap)))
-        factor, offset = 2 * options.softcap * LOG2_E, options.softcap * LOG2_E
+        s = 1 / (-1 - jnp.exp2(s * (2 * LOG2E * options.scale / options.softcap)))
+        factor, offset = 2 * options.softcap * LOG2E, options.softcap * LOG2E
     if seen is not None:
         s = jnp.where(seen, s, -jnp.inf)
     peak = jnp.maximum(m, jnp.max(s, axis=1) * factor + offset)

@@ -18,6 +18,8 @@ from jax.sharding import get_abstract_mesh
 from pallas_kernels import dispatch
 from pallas_kernels.flash_attention.reference import Options
 
+SHARED = 232448  # bytes of shared memory that a thread block can have
+LOG2E = math.log2(math.e)
 ROWS = 64  # queries a warpgroup's matrix instruction takes
 HOPPER = re.compile(r"\bG?H(20|100|200|800)\b")
 WGMMA = plgpu.Layout.WGMMA
@@ -60,6 +62,11 @@ def pad_heads(x):
     """[B S G K] with zeros behind K, up to the 64 columns of a shared-memory tile."""
     missing = -x.shape[3] % 64
     return x if missing == 0 else jnp.pad(x, ((0, 0), (0, 0), (0, 0), (0, missing)))
+
+
+def lengthen(segments, block: int):
+    """[B L] with padding behind, up to whole blocks."""
+    return jnp.pad(segments, ((0, 0), (0, -segments.shape[1] % block)))
 
 
 def interpreting() -> bool:
@@ -196,4 +203,4 @@ def visible(rows, columns, S: int, q_segments, kv_segments, options: Options, st
 
 def tanh(x):
     """tanh to float32's precision: with the hardware's own 11 bits a cap of 50 errs by 0.02."""
-    return 1 - 2 / (1 + jnp.exp2(2 * math.log2(math.e) * x))
+    return 1 - 2 / (1 + jnp.exp2(2 * LOG2E * x))

@@ -78,7 +78,7 @@ def heuristic(K: int, V: int, plain: bool = True) -> Config:
     block_q, block_kv = 192 if plain and max(K, V) == 64 else 128, 64 if wide else 128
     share = wide and K == V
     fixed = 2 * block_q * (K if share else K + V)
-    stages = (gpu_forward.SHARED - 2**13 - fixed) // (2 * block_kv * (K + V))
+    stages = (gpu_tiles.SHARED - 2**13 - fixed) // (2 * block_kv * (K + V))
     backward = gpu_backward.heuristic(K, V)
     return Config(block_q, block_kv, max(2, min(stages, 4)), not wide, share, backward)
 

@@ -119,8 +119,7 @@ def backward(q, k, v, q_segments, kv_segments, o, lse, do, dlse, options: Option
     """
     dtypes, G = (q.dtype, k.dtype, v.dtype), k.shape[2]
     q, k, v, o, do = _exact(q, k, v, o, do)
-    delta = jnp.sum(do * o, -1) - dlse
-    lse = jnp.where(lse == -jnp.inf, jnp.inf, lse)  # a query that sees nothing has p = 0
+    lse, delta = row_terms(o, lse, do, dlse)
     lse, delta = (jnp.moveaxis(_groups(x, G), 1, 3)[..., None] for x in (lse, delta))
     s, pull = jax.vjp(lambda q, k: scores(q, k, q_segments, kv_segments, options), q, k)
     p = jnp.exp(s - lse)
@@ -128,6 +127,16 @@ def backward(q, k, v, q_segments, kv_segments, o, lse, do, dlse, options: Option
     dp = jnp.einsum("BLGRV,BSGV->BGRLS", _groups(do, G), v)
     gradients = (*pull(p * (dp - delta)), dv)
     return tuple(x.astype(dtype) for x, dtype in zip(gradients, dtypes, strict=True))
+
+
+def row_terms(o, lse, do, dlse):
+    """What the backward pass needs of each query: `p = exp(s - lse)` and `ds = p (dp - delta)`.
+
+    Returns:
+      lse [B L H], inf where a query saw nothing so that its p is 0; delta [B L H], do . o - dlse.
+    """
+    delta = jnp.sum(do.astype(lse.dtype) * o.astype(lse.dtype), -1) - dlse
+    return jnp.where(lse == -jnp.inf, jnp.inf, lse), delta
 
 
 def _exact(*args):

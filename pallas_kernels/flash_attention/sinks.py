@@ -10,6 +10,8 @@ o, and rounds o twice where that is bfloat16.
 
 import jax.numpy as jnp
 
+from pallas_kernels.flash_attention.reference import row_terms
+
 
 def join(o, lse, sinks):
     """o [B L H V] and lse [B L H] of attention with sinks [H], from those without.
@@ -24,6 +26,5 @@ def join(o, lse, sinks):
 
 def gradient(o, lse, sinks, do, dlse):
     """Gradient [H] of sinks from what `join` gave and its cotangents, summed over B and L."""
-    delta = jnp.sum(do.astype(lse.dtype) * o.astype(lse.dtype), -1) - dlse
-    share = jnp.exp(sinks[None, None] - jnp.where(lse == -jnp.inf, jnp.inf, lse))
-    return -jnp.sum(share * delta, (0, 1))
+    lse, delta = row_terms(o, lse, do, dlse)
+    return -jnp.sum(jnp.exp(sinks[None, None] - lse) * delta, (0, 1))

@@ -18,9 +18,10 @@ from jax.experimental.pallas import tpu as pltpu
 
 from pallas_kernels import dispatch
 from pallas_kernels.flash_attention import blocks, tpu_tiles
-from pallas_kernels.flash_attention.reference import Options, mark
+from pallas_kernels.flash_attention.reference import Options, mark, row_terms
 from pallas_kernels.flash_attention.tpu_backward_kernel import kernel
-from pallas_kernels.flash_attention.tpu_backward_tile import LANES, LOG2E, Plan
+from pallas_kernels.flash_attention.tpu_backward_tile import Plan
+from pallas_kernels.flash_attention.tpu_tiles import LANES, LOG2E
 
 NAME = "flash_attention_backward"
 SCORES = 6 * 2**20  # bytes of VMEM for them
@@ -88,10 +89,10 @@ def backward(q, k, v, q_segments, kv_segments, o, lse, do, dlse, options: Option
     (L, _, K), (S, G, V) = q.shape[1:], v.shape[1:]
     kv_segments = mark(kv_segments, options)
     plan, kinds = _plan(L, S, K, V, q_segments, kv_segments, options, config)
-    delta = jnp.sum(do.astype(jnp.float32) * o.astype(jnp.float32), -1) - dlse
-    # A query that saw nothing, and one that only fills a tile, must get p = 0.
-    lse = jnp.where(lse == -jnp.inf, jnp.inf, lse) * LOG2E
-    stats = [_pad(x.swapaxes(1, 2), plan.T, 2, fill) for x, fill in ((lse, jnp.inf), (delta, 0))]
+    lse, delta = row_terms(o, lse, do, dlse)
+    # A query that only fills a tile must get p = 0 too.
+    padded = (lse * LOG2E, jnp.inf), (delta, 0)
+    stats = [_pad(x.swapaxes(1, 2), plan.T, 2, fill) for x, fill in padded]
     q_heads, do = (_by_head(x, plan.T) for x in (q, do))
     k, v = (_by_head(x, config.chunk) for x in (k, v))
     segments = []

@@ -14,9 +14,7 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 
 from pallas_kernels.flash_attention.reference import Options
-
-LOG2E = 1.4426950408889634
-LANES = 128
+from pallas_kernels.flash_attention.tpu_tiles import LANES, LOG2E
 
 
 @dataclasses.dataclass(frozen=True)

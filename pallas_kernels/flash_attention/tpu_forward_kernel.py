@@ -11,9 +11,8 @@ from jax.experimental.pallas import tpu as pltpu
 
 from pallas_kernels.flash_attention import tpu_tiles
 from pallas_kernels.flash_attention.reference import Options
-from pallas_kernels.flash_attention.tpu_tiles import FAR, LANES, MASKED, SKIP, START, WHOLE
+from pallas_kernels.flash_attention.tpu_tiles import FAR, LANES, LOG2E, MASKED, SKIP, START, WHOLE
 
-LOG2E = math.log2(math.e)
 # A row's maximum before it sees a key, and a score that is not seen: far enough below that its
 # exponential is 0. Both finite, so that no difference is NaN.
 LOWEST = -(2.0**120)

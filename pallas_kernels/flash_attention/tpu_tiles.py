@@ -14,6 +14,7 @@ from pallas_kernels.flash_attention import blocks
 from pallas_kernels.flash_attention.reference import Options
 
 LANES = 128
+LOG2E = math.log2(math.e)
 # Codes of a tile: nothing seen, some pairs, all, the start of a row's sums (the causal diagonal,
 # or a band around it that holds all that the row sees), the far end of a window.
 SKIP, MASKED, WHOLE, START, FAR = range(5)

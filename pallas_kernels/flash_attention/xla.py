@@ -14,7 +14,7 @@ import numpy as np
 
 from pallas_kernels import dispatch
 from pallas_kernels.flash_attention import blocks
-from pallas_kernels.flash_attention.reference import Options, mark, visible
+from pallas_kernels.flash_attention.reference import Options, mark, row_terms, visible
 
 # Timed on a 2-core CPU, forward and backward, where scores that leave the cache cost most.
 SMALL = 2**21  # scores B H L S up to which tiles are unrolled
@@ -43,10 +43,8 @@ def visits(T: int, C: int, L: int, S: int, q_segments, kv_segments, options: Opt
     Returns:
       int32 [n m], those to visit in order and then the others; how many to visit, int32 [n].
     """
-    seen = (blocks.kinds(T, C, L, S, q_segments, kv_segments, options) != blocks.NONE).any(0)
-    xp = np if isinstance(seen, np.ndarray) else jnp
-    order = xp.argsort(~seen, axis=1, stable=True)
-    return order.astype(np.int32), seen.sum(1, dtype=np.int32)
+    kinds = blocks.kinds(T, C, L, S, q_segments, kv_segments, options)
+    return blocks.in_front((kinds != blocks.NONE).any(0))
 
 
 def forward(q, k, v, q_segments, kv_segments, options: Options):
@@ -62,9 +60,7 @@ def backward(q, k, v, q_segments, kv_segments, o, lse, do, dlse, options: Option
     """dq, dk, dv for cotangents do [B L H V] and dlse [B L H], scores computed again from lse."""
     L, H, G = *q.shape[1:3], k.shape[2]
     run = _backward_unrolled if _is_small(q, k) else _backward_loop
-    # With p = exp(s - lse): dS = p (dP - delta). A query that saw nothing must get p = 0.
-    delta = jnp.sum(do.astype(jnp.float32) * o.astype(jnp.float32), -1) - dlse
-    lse = jnp.where(lse == -jnp.inf, jnp.inf, lse)
+    lse, delta = row_terms(o, lse, do, dlse)
     of_rows = [_rows(x, G) for x in (q, do, lse[..., None], delta[..., None])]
     q_segments, kv_segments = _repeat(q_segments, H // G), mark(kv_segments, options)
     dq, dk, dv = run(*of_rows, _heads(k), _heads(v), q_segments, kv_segments, L, options)

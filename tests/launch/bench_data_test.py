@@ -1,9 +1,6 @@
 """The data's benchmark with tiny sizes, and what it measures with."""
 
 import json
-import os
-import subprocess
-import sys
 
 import numpy as np
 import pytest
@@ -11,9 +8,8 @@ import pytest
 from data import shards
 from data.documents import gather
 from launch.bench import batches, data, opening
-from launch.files import ROOT
 from launch.schema import UsageError
-from tests.launch.bench_test import BLOCKED, WITHOUT, tiny
+from tests.launch.bench_test import tiny, without
 
 SMALL = (
     *("--batch=2", "--length=64", "--seconds=0.001", "--step_seconds=0.001", "--repetitions=2"),
@@ -24,15 +20,8 @@ SMALL = (
 @pytest.fixture(scope="module")
 def report(tmp_path_factory):
     folder = tmp_path_factory.mktemp("bench")
-    out, script = folder / "data.json", WITHOUT.format(blocked=BLOCKED)
-    done = subprocess.run(
-        [sys.executable, "-c", script, "data", f"--config={tiny(folder)}", *SMALL, "--out", out],
-        cwd=ROOT,
-        env=os.environ | {"XLA_FLAGS": "--xla_backend_optimization_level=0"},
-        capture_output=True,
-        text=True,
-    )
-    assert done.returncode == 0, done.stderr
+    out = folder / "data.json"
+    without("data", f"--config={tiny(folder)}", *SMALL, "--out", out)
     return json.loads(out.read_text())
 
 

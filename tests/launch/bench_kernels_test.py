@@ -18,7 +18,7 @@ from launch.bench.peers import flash_attention as peers
 from launch.bench.target import Target
 from launch.files import ROOT
 from pallas_kernels.flash_attention.specs import tagged
-from tests.launch.bench_test import BLOCKED, WITHOUT
+from tests.launch.bench_test import BLOCKED, WITHOUT, without
 from tests.pallas_kernels.attention_oracle import mask, oracle
 
 CI = {spec.name: spec for spec in tagged("ci")}
@@ -28,16 +28,8 @@ QUICK = ("--seconds=0.0001", "--repetitions=2")
 @pytest.fixture(scope="module")
 def report(tmp_path_factory):
     out = tmp_path_factory.mktemp("bench") / "kernels.json"
-    script = WITHOUT.format(blocked=(*BLOCKED, "torch", "tokamax", "triton"))
     flags = ("--spec=plain,gemma2", "--passes=forward,backward,both", *QUICK, f"--out={out}")
-    done = subprocess.run(
-        [sys.executable, "-c", script, "kernels", *flags],
-        cwd=ROOT,
-        env=os.environ | {"XLA_FLAGS": "--xla_backend_optimization_level=0"},
-        capture_output=True,
-        text=True,
-    )
-    assert done.returncode == 0, done.stderr
+    without("kernels", *flags, blocked=(*BLOCKED, "torch", "tokamax", "triton"))
     return json.loads(out.read_text())
 
 

@@ -48,6 +48,18 @@ main()
 """
 
 
+def without(name, *flags, blocked=BLOCKED):
+    """Runs a benchmark where these packages cannot be imported."""
+    done = subprocess.run(
+        [sys.executable, "-c", WITHOUT.format(blocked=blocked), name, *flags],
+        cwd=ROOT,
+        env=os.environ | {"XLA_FLAGS": "--xla_backend_optimization_level=0"},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr
+
+
 def tiny(folder, more="pass"):
     path = folder / "tiny.py"
     path.write_text(TINY.format(more=more))
@@ -56,17 +68,9 @@ def tiny(folder, more="pass"):
 
 def test_spine_runs_without_the_packages_of_training(tmp_path):
     path, out = tiny(tmp_path), tmp_path / "spine.json"
-    script = WITHOUT.format(blocked=BLOCKED)
     flags = ("--config", path, "--seconds=0.001", "--repetitions=2", "--out", str(out))
     # That Meshwork and its peer compute the same losses is asserted by the benchmark itself.
-    done = subprocess.run(
-        [sys.executable, "-c", script, "spine", *flags],
-        cwd=ROOT,
-        env=os.environ | {"XLA_FLAGS": "--xla_backend_optimization_level=0"},
-        capture_output=True,
-        text=True,
-    )
-    assert done.returncode == 0, done.stderr
+    without("spine", *flags)
     found = json.loads(out.read_text())
     assert set(measure.PACKAGES) < set(found["versions"])
     assert found["device"]["platform"] == "cpu"
