@@ -46,20 +46,27 @@ def param(
     if len(shape) != len(axes):
         raise ValueError(f"shape {shape} has {len(shape)} dimensions and axes {axes} {len(axes)}")
     weight = Weight(axes=axes, **declared)
-    return nnx.Param(_start(rngs, shape, weight), weight=weight)
+    return nnx.Param(start(rngs, Entry(weight, shape)), weight=weight)
 
 
-def _start(rngs: nnx.Rngs, shape: tuple[int, ...], weight: Weight) -> Array:
-    layout = spec(*weight.axes)
+def start(rngs: nnx.Rngs, entry: Entry) -> Array:
+    """A weight before training, as it is declared."""
+    shape, weight, layout = entry.shape, entry.weight, spec(*entry.axes)
     match weight.init:
         case ("zeros",):
             return jnp.zeros(shape, jnp.float32, out_sharding=layout)
         case ("ones",):
             return jnp.ones(shape, jnp.float32, out_sharding=layout)
+        case ("constant", value):
+            return jnp.full(shape, value, jnp.float32, out_sharding=layout)
+        case ("identity",):  # of each matrix over the last two dimensions
+            eye = jnp.broadcast_to(jnp.eye(*shape[-2:], dtype=jnp.float32), shape)
+            return eye if layout is None else jax.reshard(eye, layout)
         case ("normal", std):
             return std * jax.random.normal(rngs.params(), shape, jnp.float32, out_sharding=layout)
     raise ValueError(
-        f"init {weight.init} is unknown; known: ('normal', std), ('zeros',), ('ones',)"
+        f"init {weight.init} is unknown; known: ('normal', std), ('constant', value), "
+        f"('identity',), ('zeros',), ('ones',)"
     )
 
 

@@ -10,7 +10,8 @@ class Weight:
     axes: one logical axis name (or None) a dimension, read by `parallel.rules`.
     fan_in, fan_out: the dimensions that are summed over, and that are produced.
     stack: dimensions that merely hold several matrices side by side (the 3 of a fused `[D 3 H K]`).
-    init: how it starts: ('normal', std), ('zeros',) or ('ones',).
+    init: how it starts: ('normal', std), ('constant', value), ('identity',) over the last two
+      dimensions, ('zeros',) or ('ones',).
     decay: whether weight decay applies.
     group: 'embed', 'hidden', 'head', 'norm' or 'bias'.
     """

@@ -13,12 +13,12 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float, Int
 
+from models import ring
 from models.context import Context
-from models.layers import Norm, add_bias, rope, rope_frequencies
 from models.param import Dims, param
+from models.projections import Heads, Projections
 from pallas_kernels.flash_attention import flash_attention
-from parallel.named import named
-from parallel.rules import automatic, spec
+from parallel.rules import spec
 
 CASES = (
     {"heads": 4, "kv_heads": 2, "qk_norm": True},
@@ -28,7 +28,7 @@ CASES = (
 )
 
 
-class Mixer(nnx.Module):
+class Mixer(Projections):
     """heads: H query heads over kv_heads (G, H when None) of head_dim (K, D / H when None).
 
     window: tokens seen, oneself included; None means all. first: tokens at the start of a document
@@ -61,58 +61,23 @@ class Mixer(nnx.Module):
         bias: bool = False,
         implementation: str | None = None,
     ):
-        D, H, G = dims.d_model, heads, kv_heads or heads
-        if head_dim is None and D % H:
-            raise ValueError(
-                f"d_model {D} does not divide into {H} heads; change either or set head_dim"
-            )
-        if H % G:
-            raise ValueError(
-                f"{H} heads do not divide into groups over {G} kv_heads; G must divide H"
-            )
         if first and window is None:
             raise ValueError(
                 f"first counts tokens seen from beyond the window, but there is none: set window, "
                 f"or first to 0 and not {first}"
             )
-        K = head_dim or D // H
-        if rope and K % 2:
-            raise ValueError(f"rotary positions need an even head_dim and it is {K}")
-        self.scaling = (
-            (rope_base, rope_scaling, rope_factor, rope_original_length) if rope else None
-        )
+        sizes = Heads.of(dims, heads, kv_heads, head_dim)
+        scaling = (rope_base, rope_scaling, rope_factor, rope_original_length) if rope else None
+        super().__init__(dims, sizes, rngs=rngs, scaling=scaling, qk_norm=qk_norm, bias=bias)
         self.window, self.first, self.softcap = window, first, softcap
         self.implementation = implementation
-        fans = dict(fan_in=(0,), fan_out=(1, 2), init=dims.normal(D))
-        self.q = param(rngs, (D, H, K), ("embed", "heads", None), **fans)
-        kv_fans = fans | dict(fan_out=(2, 3), stack=(1,))
-        self.kv = param(rngs, (D, 2, G, K), ("embed", None, "heads", None), **kv_fans)
-        out = dict(fan_in=(0, 1), fan_out=(2,), init=dims.normal(H * K, residual=True))
-        self.out = param(rngs, (H, K, D), ("heads", None, "embed"), **out)
         vector = dict(decay=False, group="bias")
-        self.q_bias = param(rngs, (H, K), ("heads", None), **vector) if bias else None
-        self.kv_bias = param(rngs, (2, G, K), (None, "heads", None), **vector) if bias else None
-        self.out_bias = param(rngs, (D,), (None,), **vector) if bias else None
-        self.sinks = param(rngs, (H,), ("heads",), **vector) if sinks else None
-        self.q_norm = Norm(K, rngs=rngs) if qk_norm else None
-        self.k_norm = Norm(K, rngs=rngs) if qk_norm else None
+        self.sinks = param(rngs, (sizes.H,), ("heads",), **vector) if sinks else None
 
     def __call__(
         self, x: Float[Array, "B L D"], ctx: Context
     ) -> tuple[Float[Array, "B L D"], dict]:
-        return self._attend(*self._project(x, ctx), ctx), {}
-
-    def _project(self, x, ctx):
-        q = add_bias(jnp.einsum("bld,dhk->blhk", x, self.q[...].astype(x.dtype)), self.q_bias)
-        kv = add_bias(jnp.einsum("bld,dsgk->blsgk", x, self.kv[...].astype(x.dtype)), self.kv_bias)
-        k, v = kv[:, :, 0], kv[:, :, 1]
-        if self.q_norm is not None:
-            q, k = self.q_norm(q), self.k_norm(k)
-        if self.scaling is not None:
-            freq = rope_frequencies(q.shape[-1], *self.scaling)
-            q, k = rope(q, ctx.positions, freq), rope(k, ctx.positions, freq)
-        axes = "batch", "length", "heads", None
-        return named(q, "queries", *axes), named(k, "keys", *axes), named(v, "values", *axes)
+        return self._attend(*self.project(x, ctx), ctx), {}
 
     def _attend(self, q, k, v, ctx):
         o = flash_attention(
@@ -128,12 +93,7 @@ class Mixer(nnx.Module):
             sinks=None if self.sinks is None else self.sinks[...],
             implementation=self.implementation,
         )
-        return self._write(o, ctx)
-
-    def _write(self, o, ctx):
-        out = self.out[...].astype(o.dtype)
-        y = jnp.einsum("blhk,hkd->bld", o, out, out_sharding=ctx.stream)
-        return add_bias(y, self.out_bias)
+        return self.write(o, ctx)
 
     def masked_flops(self, length: int) -> float:
         """Forward FLOPs a token of the reference on pairs that a causal mask forbids.
@@ -141,46 +101,36 @@ class Mixer(nnx.Module):
         Scores and weighted sum cost 4 H K a pair, and of L keys a token sees min(i, w + first).
         Packing is ignored, as is usual.
         """
-        H, K = self.q.shape[-2:]
+        H, K = self.heads.H, self.heads.K
         w = self._slots(length)
         seen = w * (2 * length - w + 1) / (2 * length)
         return 4 * H * K * (length - seen)
 
     def state_size(self, length: int) -> int:
         """Elements of the decoding state of one sequence of this many tokens."""
-        _, G, K = self.kv.shape[-3:]
-        return 2 * G * K * self._slots(length)
+        return 2 * self.heads.G * self.heads.K * self._slots(length)
 
     def _slots(self, length: int) -> int:
         return length if self.window is None else min(self.first + self.window, length)
 
     def init_cache(self, B: int, length: int, dtype: str) -> dict[str, Array]:
         """Keys and values of the `first` tokens, and of the last `window` others in a ring."""
-        _, G, K = self.kv.shape[-3:]
+        G, K = self.heads.G, self.heads.K
         shape, layout = (B, self._slots(length), G, K), spec("batch", None, "heads", None)
         return {name: jnp.zeros(shape, dtype, out_sharding=layout) for name in ("k", "v")}
 
     def prefill(self, x: Float[Array, "B L D"], ctx: Context, cache: dict) -> tuple[Array, dict]:
         """As `__call__` on right-padded prompts that start at position 0, filling the cache."""
-        q, k, v = self._project(x, ctx)
+        q, k, v = self.project(x, ctx)
         last = jnp.sum(ctx.valid, 1) - 1
-        held = _held(last, cache["k"].shape[1], self.first)
-        source = jnp.clip(held, 0, x.shape[1] - 1)[:, :, None, None]
-        along = lambda a, at: jnp.take_along_axis(a, at, 1)
-        pick = automatic(along, "batch", None, "heads", None)
-        held = {n: pick(a, source) for n, a in (("k", k), ("v", v))}
-        held = {n: a.astype(cache[n].dtype) for n, a in held.items()}
-        return self._attend(q, k, v, ctx), held
+        return self._attend(q, k, v, ctx), ring.fill(cache, {"k": k, "v": v}, last, self.first)
 
     def decode(self, x: Float[Array, "B 1 D"], ctx: Context, cache: dict) -> tuple[Array, dict]:
         """One token a row at ctx.positions `[B 1]`, against the cache."""
-        q, k, v = self._project(x, ctx)
-        now, T = ctx.positions[:, 0], cache["k"].shape[1]
-        here = (_held(now, T, self.first) == now[:, None])[:, :, None, None]
-        cache = {
-            n: jnp.where(here, a.astype(cache[n].dtype), cache[n]) for n, a in (("k", k), ("v", v))
-        }
-        return self._write(self._look_up(q, cache, now), ctx), cache
+        q, k, v = self.project(x, ctx)
+        now = ctx.positions[:, 0]
+        cache = ring.put(cache, {"k": k, "v": v}, now, self.first)
+        return self.write(self._look_up(q, cache, now), ctx), cache
 
     def _look_up(self, q, cache, now: Int[Array, "B"]):
         B, _, H, K = q.shape
@@ -190,7 +140,7 @@ class Mixer(nnx.Module):
         q = q.astype(jnp.float32) * K**-0.5
         s = jnp.einsum("bgrk,btgk->bgrt", q, cache["k"].astype(jnp.float32))
         s = s if self.softcap is None else self.softcap * jnp.tanh(s / self.softcap)
-        seen = _held(now, T, self.first) >= 0
+        seen = ring.held(now, T, self.first) >= 0
         s = jnp.where(seen[:, None, None], s, -jnp.inf)
         if self.sinks is None:
             p = jax.nn.softmax(s, -1)
@@ -203,16 +153,3 @@ class Mixer(nnx.Module):
         o = jnp.einsum("bgrt,btgk->bgrk", p, cache["v"].astype(jnp.float32))
         o = o.reshape(B, 1, H, K, out_sharding=spec("batch", None, "heads", None))
         return o.astype(cache["v"].dtype)
-
-
-def _held(last: Int[Array, "B"], T: int, first: int) -> Int[Array, "B T"]:
-    """The position that each slot holds once position `last` is written; negative where none is.
-
-    Position p < first is in slot p, and the ring of the W = T - first others holds p in slot
-    first + (p - first) % W. Where all positions have a slot, the ring has one at least.
-    """
-    first, last = min(first, T - 1), last[:, None]
-    slot = jnp.arange(T)[None] + 0 * last  # laid out like last, as `where` wants its arguments
-    ring = (last - first) - (last - slot) % (T - first)
-    leading = jnp.where(slot <= last, slot, -1)
-    return jnp.where(slot < first, leading, jnp.where(ring >= 0, first + ring, -1))

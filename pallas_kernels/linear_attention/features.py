@@ -17,6 +17,8 @@ The three forms of Hedgehog are different models: normalising a key's features w
 import jax
 import jax.numpy as jnp
 
+from pallas_kernels import dispatch
+
 FORMS = ("identity", "elu", "relu", "exp", "softmax", "joint", "taylor")
 BOUND = 20.0  # of z in 'exp': products of two features stay far inside float32
 
@@ -61,5 +63,13 @@ def project(x, weight, bias):
     exact = jnp.promote_types(x.dtype, jnp.float32)
     if weight is None:
         return x.astype(exact)
-    z = jnp.einsum("...hk,hkf->...hf", x, weight.astype(x.dtype), preferred_element_type=exact)
+    z = dot("...hk,hkf->...hf", x, weight.astype(x.dtype))
     return z if bias is None else z + bias.astype(exact).reshape((1,) * (z.ndim - 2) + bias.shape)
+
+
+def dot(subscripts: str, a, b):
+    """An einsum whose sums are float32 or wider, of factors rounded to their dtypes."""
+    exact = jnp.promote_types(a.dtype, jnp.float32)
+    if dispatch.platform() == "cpu":  # XLA has no product of 16-bit factors for every layout there
+        a, b = a.astype(exact), b.astype(exact)
+    return jnp.einsum(subscripts, a, b, preferred_element_type=exact)

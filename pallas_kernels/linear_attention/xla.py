@@ -13,6 +13,7 @@ import jax.numpy as jnp
 
 from pallas_kernels import dispatch
 from pallas_kernels.linear_attention import features
+from pallas_kernels.linear_attention.features import dot
 from pallas_kernels.linear_attention.reference import EPS, Arrays, Options
 from pallas_kernels.linear_attention.state import held
 
@@ -41,10 +42,10 @@ def forward(arrays: Arrays, options: Options):
     def step(state, n):
         who, v = cut.who(n), cut("v", n)
         phi_q, phi_k = cut.queries(n), cut.keys(n)
-        a = jnp.where(who.sees, _dot("bigrf,bjgf->bgrij", phi_q, phi_k), 0)
+        a = jnp.where(who.sees, dot("bigrf,bjgf->bgrij", phi_q, phi_k), 0)
         used = jnp.where(who.uses[..., None], phi_q, 0)
-        num = _dot("bgrij,bjgv->bigrv", a.astype(v.dtype), v)
-        num = num + _dot("bigrf,bgfv->bigrv", used, state[0].astype(v.dtype))
+        num = dot("bgrij,bjgv->bigrv", a.astype(v.dtype), v)
+        num = num + dot("bigrf,bgfv->bigrv", used, state[0].astype(v.dtype))
         total = jnp.einsum("bgrij->bigr", a) + _exact("bigrf,bgf->bigr", used, state[1]) + EPS
         o = (num / total[..., None]).astype(arrays.q.dtype)
         return _after(who, state, phi_k, v), (o, total)
@@ -72,8 +73,8 @@ def _queries_back(cut):
         who, v, g, e = cut.who(n), cut("v", n), cut("g", n), cut("e", n)
         (_, pull), phi_k = cut.queries(n, vjp=True), cut.keys(n)
         da = _weights_back(who, g, e, v)
-        dphi = _dot("bgrij,bjgf->bigrf", da.astype(v.dtype), phi_k)
-        used = _dot("bigrv,bgfv->bigrf", g, state[0].astype(v.dtype))
+        dphi = dot("bgrij,bjgf->bigrf", da.astype(v.dtype), phi_k)
+        used = dot("bigrv,bgfv->bigrf", g, state[0].astype(v.dtype))
         used = used + e[..., None] * state[1][:, None, :, None]
         dphi = dphi + jnp.where(who.uses[..., None], used, 0)
         dq, *of_map = pull(dphi)
@@ -91,18 +92,16 @@ def _keys_back(cut, dstate):
         (values, keys), dmap, dbias = carry
         who, v, g, e = cut.who(n), cut("v", n), cut("g", n), cut("e", n)
         phi_q, (phi_k, pull) = cut.queries(n), cut.keys(n, vjp=True)
-        a = jnp.where(who.sees, _dot("bigrf,bjgf->bgrij", phi_q, phi_k), 0).astype(v.dtype)
+        a = jnp.where(who.sees, dot("bigrf,bjgf->bgrij", phi_q, phi_k), 0).astype(v.dtype)
         da = _weights_back(who, g, e, v).astype(v.dtype)
         added = jnp.where(who.adds, phi_k, 0)
-        dv = _dot("bgrij,bigrv->bjgv", a, g) + _dot(
-            "bjgf,bgfv->bjgv", added, values.astype(v.dtype)
-        )
-        dadded = _dot("bjgv,bgfv->bjgf", v, values.astype(v.dtype)) + keys[:, None]
-        dphi = _dot("bgrij,bigrf->bjgf", da, phi_q) + jnp.where(who.adds, dadded, 0)
+        dv = dot("bgrij,bigrv->bjgv", a, g) + dot("bjgf,bgfv->bjgv", added, values.astype(v.dtype))
+        dadded = dot("bjgv,bgfv->bjgf", v, values.astype(v.dtype)) + keys[:, None]
+        dphi = dot("bgrij,bigrf->bjgf", da, phi_q) + jnp.where(who.adds, dadded, 0)
         dk, *of_map = pull(dphi)
         used = jnp.where(who.uses[..., None], phi_q, 0)
         keep = lambda x: jnp.where(who.keeps.reshape(-1, *(1,) * (x.ndim - 1)), x, 0)
-        values = keep(values) + _dot("bigrf,bigrv->bgfv", used, g)
+        values = keep(values) + dot("bigrf,bigrv->bgfv", used, g)
         keys = keep(keys) + _exact("bigrf,bigr->bgf", used, e)
         return ((values, keys), *_add((dmap, dbias), of_map)), (dk, dv.astype(cut.arrays.v.dtype))
 
@@ -115,14 +114,14 @@ def _keys_back(cut, dstate):
 
 def _weights_back(who: Who, g, e, v):
     """Derivatives of the weights [B G R C C], 0 where nothing is seen."""
-    da = _dot("bigrv,bjgv->bgrij", g, v) + jnp.einsum("bigr->bgri", e)[..., None]
+    da = dot("bigrv,bjgv->bgrij", g, v) + jnp.einsum("bigr->bgri", e)[..., None]
     return jnp.where(who.sees, da, 0)
 
 
 def _after(who: Who, state, phi_k, v):
     """The state after a chunk, from that before it."""
     added = jnp.where(who.adds, phi_k, 0)
-    new = _dot("bjgf,bjgv->bgfv", added, v), jnp.sum(added.astype(jnp.float32), 1)
+    new = dot("bjgf,bjgv->bgfv", added, v), jnp.sum(added.astype(jnp.float32), 1)
     keep = lambda x: jnp.where(who.keeps.reshape(-1, *(1,) * (x.ndim - 1)), x, 0)
     return tuple(keep(old) + n for old, n in zip(state, new, strict=True))
 
@@ -209,10 +208,6 @@ def _features(form: str, shape, given, vjp: bool):
 
 def _add(sums, more):
     return tuple(s if s is None else s + m for s, m in zip(sums, more, strict=True))
-
-
-def _dot(subscripts: str, a, b):
-    return jnp.einsum(subscripts, a, b, preferred_element_type=jnp.float32)
 
 
 def _exact(subscripts: str, a, b):

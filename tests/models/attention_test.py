@@ -5,7 +5,8 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from models.mixers.attention import Mixer, _held
+from models import ring
+from models.mixers.attention import Mixer
 from models.param import Dims
 
 DIMS = Dims(d_model=32, length=24, n_layers=2, base_d_model=32)
@@ -20,7 +21,7 @@ def test_slots_hold_the_first_tokens_and_the_last_others(window, first, length):
     assert slots == min(window + first, length)
     kept = np.full(slots, -1)
     for now in range(length):
-        held = np.asarray(_held(jnp.array([now]), slots, first))[0]
+        held = np.asarray(ring.held(jnp.array([now]), slots, first))[0]
         (slot,) = np.flatnonzero(held == now)
         kept[slot] = now
         np.testing.assert_array_equal(held, kept)

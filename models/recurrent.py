@@ -1,0 +1,73 @@
+"""What linear attention's mixers share: the parallel form, the state to decode with, its size."""
+
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+from models.context import Context
+from models.projections import Projections
+from pallas_kernels.linear_attention import State, linear_attention
+from pallas_kernels.linear_attention.features import count
+from parallel.rules import spec
+
+
+class LinearMixer(Projections):
+    """Linear attention over projections; a mixer's file says which features, and their maps.
+
+    form: of the features, see `pallas_kernels.linear_attention.features`.  f: width of the maps, K
+    without.  implementation: of the kernel, None lets the platform decide.
+    """
+
+    modes = frozenset({"causal"})
+    context = "prefix"
+    form: str
+    f: int
+    implementation: str | None
+
+    def maps(self) -> dict:
+        """The maps' weights, as `linear_attention` names them."""
+        return {}
+
+    def __call__(
+        self, x: Float[Array, "B L D"], ctx: Context
+    ) -> tuple[Float[Array, "B L D"], dict]:
+        o, _ = self.attend(*self.project(x, ctx), ctx)
+        return self.write(o, ctx), {}
+
+    def attend(self, q, k, v, ctx: Context, state: State | None = None) -> tuple[Array, State]:
+        """o [B L H V] and the state after the row, of tokens that go on from `state`'s."""
+        rows = dict(q_segments=ctx.segment_ids, kv_segments=ctx.segment_ids)
+        own = dict(features=self.form, implementation=self.implementation)
+        o, _, state = linear_attention(q, k, v, **self.maps(), **rows, **own, state=state)
+        return o, state
+
+    def masked_flops(self, length: int) -> float:
+        """Forward FLOPs a token of the reference beyond those of the recurrent form.
+
+        The reference weighs L keys a query and sums the state once; the recurrent form updates
+        the state and reads it, 2 F V each. Negative for rows so short that squares are cheaper.
+        """
+        H, V, F = self.heads.H, self.heads.V, count(self.form, self.f)
+        return 2 * H * (length * (F + V) - F * V)
+
+    def state_size(self, length: int) -> int:
+        """Elements of the decoding state of one sequence, however long it is."""
+        return self.heads.G * count(self.form, self.f) * (self.heads.V + 1)
+
+    def init_cache(self, B: int, length: int, dtype: str) -> dict[str, Array]:
+        """The state before the first token; float32 whatever the computation's dtype."""
+        G, V, F = self.heads.G, self.heads.V, count(self.form, self.f)
+        zeros = lambda *shape: jnp.zeros(
+            shape, jnp.float32, out_sharding=spec("batch", "heads", *[None] * (len(shape) - 2))
+        )
+        return {"values": zeros(B, G, F, V), "keys": zeros(B, G, F)}
+
+    def prefill(self, x: Float[Array, "B L D"], ctx: Context, cache: dict) -> tuple[Array, dict]:
+        """As `__call__` on right-padded prompts that start at position 0, filling the cache."""
+        o, state = self.attend(*self.project(x, ctx), ctx)
+        return self.write(o, ctx), {"values": state.values, "keys": state.keys}
+
+    def decode(self, x: Float[Array, "B 1 D"], ctx: Context, cache: dict) -> tuple[Array, dict]:
+        """One token a row at ctx.positions `[B 1]`, against the cache."""
+        state = State(**cache, segment=ctx.segment_ids[:, 0])
+        o, state = self.attend(*self.project(x, ctx), ctx, state)
+        return self.write(o, ctx), {"values": state.values, "keys": state.keys}
