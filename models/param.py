@@ -84,6 +84,15 @@ def restore(state, params: Mapping):
     return nnx.from_flat_state(flat)
 
 
+def read(module: nnx.Module) -> nnx.Module:
+    """The module with each weight an array, however it is made; for loops that would make it often.
+
+    Without this a layer makes it anew each time it runs (training/adapter.py).
+    """
+    once = lambda leaf: leaf.replace(leaf[...])
+    return jax.tree.map(once, module, is_leaf=lambda leaf: isinstance(leaf, nnx.Variable))
+
+
 def table(state) -> Table:
     """The parameter table of an (abstract) state."""
     return {

@@ -32,3 +32,12 @@ def put(cache: dict, rows: dict, now: Int[Array, "B"], first: int = 0) -> dict:
     T = next(iter(cache.values())).shape[1]
     here = (held(now, T, first) == now[:, None])[:, :, None, None]
     return {n: jnp.where(here, rows[n].astype(cache[n].dtype), cache[n]) for n in cache}
+
+
+def take(cache: dict, now: Int[Array, "B"], first: int = 0) -> dict:
+    """Rows `[B 1 G K]`: what the slots of position now still hold of an earlier one."""
+    T = next(iter(cache.values())).shape[1]
+    here = (held(now, T, first) == now[:, None])[:, :, None, None]
+    return {
+        n: jnp.sum(jnp.where(here, x, 0), 1, keepdims=True, dtype=x.dtype) for n, x in cache.items()
+    }

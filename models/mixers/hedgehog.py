@@ -1,0 +1,213 @@
+"""Hedgehog: linear attention whose learned feature map imitates softmax.
+
+Hedgehog (arXiv 2402.04347): `o_i = sum_{j <= i} a_ij v_j / sum_{j <= i} a_ij`, `a_ij = phi_q(q_i) .
+phi_k(k_j)`, with a map a head, z = x W, applied after the rotary positions and starting as the
+identity. Three published forms are different models:
+
+- 'paper'    phi = [exp z, exp -z] (section 4.2), |z| bounded by 20
+- 'lolcats'  phi = [softmax z, softmax -z] (LoLCATs, arXiv 2410.10254, its released code)
+- 'fla'      phi = softmax [2z, -2z], z = x W + b, one W and b for all heads
+             (flash-linear-attention)
+
+With a window w, LoLCATs' hybrid: `y_i = (sum_{i-w < j <= i} g e^(s_ij - c_i) v_j + sum_{j <= i-w}
+a_ij v_j) / (the same without v)`, s = q.k / sqrt(K), c_i the window's largest s_ij, which is part
+of the model, and g = sigmoid(mix), a head's, 0.1 at the start.
+
+Deviation: with grouped queries a key head has one map for its group (LoLCATs repeats keys first),
+so that the decoding state is one a key head.
+"""
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array, Float
+
+from models import band, ring, transfer
+from models.context import Context, over_tokens
+from models.param import Dims, param
+from models.projections import Heads
+from models.recurrent import LinearMixer
+from pallas_kernels.flash_attention import flash_attention
+from pallas_kernels.linear_attention import State, features, linear_attention
+from parallel.rules import spec
+
+FORMS = {"paper": "exp", "lolcats": "softmax", "fla": "joint"}
+MIX = -2.1972246  # log(0.1 / 0.9): g = 0.1
+
+CASES = (
+    {"form": "paper", "heads": 4, "kv_heads": 2},
+    {"form": "fla", "rope": False, "bias": True},
+    {"width": 4, "window": 5, "kv_heads": 2},
+    {"window": 16, "qk_norm": True},
+)
+
+
+class Mixer(LinearMixer):
+    """heads: H query heads over kv_heads (G, H when None) of head_dim (K, D / H when None).
+
+    form: 'paper', 'lolcats' or 'fla', see above.  width: f of the maps, K when None; features are
+    2 f.  window: tokens that softmax attention weighs, None for none.  implementation: of the
+    kernel, None lets the platform decide.
+    """
+
+    def __init__(
+        self,
+        dims: Dims,
+        *,
+        rngs: nnx.Rngs,
+        heads: int = 4,
+        kv_heads: int | None = None,
+        head_dim: int | None = None,
+        form: str = "lolcats",
+        width: int | None = None,
+        window: int | None = None,
+        rope: bool = True,
+        rope_base: float = 10000.0,
+        rope_scaling: str = "none",
+        rope_factor: float = 1.0,
+        rope_original_length: int = 8192,
+        qk_norm: bool = False,
+        bias: bool = False,
+        implementation: str | None = None,
+    ):
+        if form not in FORMS:
+            raise ValueError(f"form {form!r} of Hedgehog is unknown; known: {', '.join(FORMS)}")
+        if window is not None and window < 1:
+            raise ValueError(f"window counts tokens, one's own included: {window} is less than 1")
+        sizes = Heads.of(dims, heads, kv_heads, head_dim)
+        scaling = (rope_base, rope_scaling, rope_factor, rope_original_length) if rope else None
+        super().__init__(dims, sizes, rngs=rngs, scaling=scaling, qk_norm=qk_norm, bias=bias)
+        self.form, self.f, self.implementation = FORMS[form], width or sizes.K, implementation
+        self.window, shared = window, form == "fla"
+        maps = dict(fan_in=(1,), fan_out=(2,), stack=(0,), init=("identity",), decay=False)
+        vector = dict(decay=False, group="bias")
+        for name, heads in (("q", sizes.H), ("k", sizes.G)):
+            n, axis = (1, None) if shared else (heads, "heads")
+            weight = param(rngs, (n, sizes.K, self.f), (axis, None, None), **maps)
+            setattr(self, f"{name}_map", weight)
+            if shared:
+                setattr(self, f"{name}_map_bias", param(rngs, (1, self.f), (None, None), **vector))
+        if window is not None:
+            mix = dict(init=("constant", MIX), **vector)
+            self.mix = param(rngs, (sizes.H,), ("heads",), **mix)
+
+    def maps(self) -> dict:
+        return {
+            f"{name}_{part}": jnp.broadcast_to(weight[...], (heads, *weight.shape[1:]))
+            for name, heads in (("q", self.heads.H), ("k", self.heads.G))
+            for part, weight in self._own(name)
+        }
+
+    def _own(self, name: str):
+        yield "map", getattr(self, f"{name}_map")
+        if hasattr(self, f"{name}_map_bias"):
+            yield "bias", getattr(self, f"{name}_map_bias")
+
+    def __call__(
+        self, x: Float[Array, "B L D"], ctx: Context
+    ) -> tuple[Float[Array, "B L D"], dict]:
+        q, k, v = self.project(x, ctx)
+        asked = {"attention_transfer", "output_transfer"} & set(ctx.taps)
+        if not asked:
+            return self.write(self.attend(q, k, v, ctx)[0], ctx), {}
+        # Each layer learns from what the teacher's layers before it give (teacher forcing).
+        rows = dict(q_segments=ctx.segment_ids, kv_segments=ctx.segment_ids)
+        taught = flash_attention(q, k, v, **rows)
+        aux = {}
+        if "attention_transfer" in asked:
+            sums = transfer.cross_entropy(q, k, self._weights(q, k), ctx)
+            aux |= dict(zip(("attention_transfer", "teacher_entropy"), sums, strict=True))
+        if "output_transfer" in asked:
+            error = self.attend(q, k, v, ctx)[0].astype(jnp.float32) - taught.astype(jnp.float32)
+            aux["output_transfer"] = over_tokens(jnp.mean(jnp.square(error), (2, 3)), ctx)
+        return self.write(taught, ctx), aux
+
+    def attend(self, q, k, v, ctx: Context, state: State | None = None) -> tuple[Array, State]:
+        if self.window is None:
+            return super().attend(q, k, v, ctx, state)
+        segments, w = ctx.segment_ids, min(self.window, q.shape[1])
+        late = lambda x: jnp.pad(x, [(0, 0), (w, 0)] + [(0, 0)] * (x.ndim - 2))[:, : q.shape[1]]
+        # What leaves the window where the row has ended has not left it.
+        left = jnp.where(ctx.valid, late(segments), 0)
+        if self.window >= q.shape[1]:
+            left = jnp.zeros_like(left)
+        far = self._far(q, late(k), late(v), segments, left, None)
+        near = band.terms(q, k, v, segments, self.window)
+        return self._join(near, *far[:2]).astype(q.dtype), far[2]
+
+    def _far(self, q, k, v, q_segments, kv_segments, state):
+        own = dict(features=self.form, implementation=self.implementation, state=state)
+        rows = dict(q_segments=q_segments, kv_segments=kv_segments)
+        return linear_attention(q, k, v, **self.maps(), **rows, **own)
+
+    def _join(self, near: band.Terms, o, total):
+        num, weight = near
+        g = jax.nn.sigmoid(self.mix[...]).reshape(1, 1, -1)
+        both = g * weight + total
+        o = total[..., None] * o.astype(jnp.float32)
+        return (g[..., None] * num + o) / both[..., None]
+
+    def _weights(self, q, k) -> transfer.Student:
+        maps = self.maps()
+        phi = lambda x, name: features.of(
+            self.form, features.project(x, maps[f"{name}_map"], maps.get(f"{name}_bias"))
+        )
+        (B, L, H, _), G = q.shape, k.shape[2]
+        phi_q, phi_k = phi(q, "q"), phi(k, "k")
+        layout = spec("batch", None, "heads", None, None)
+        phi_q = phi_q.reshape(B, L, G, H // G, phi_q.shape[-1], out_sharding=layout)
+
+        def student(s, distance, rows):
+            far = jnp.einsum("bigrf,bjgf->bgrij", rows(phi_q), phi_k)
+            if self.window is None:
+                return far
+            inside = ((distance >= 0) & (distance < self.window))[None, None, None]
+            peak = jnp.max(jnp.where(inside, s, band.FLOOR), -1, keepdims=True)
+            g = jax.nn.sigmoid(self.mix[...]).reshape(
+                1, G, H // G, 1, 1, out_sharding=spec(None, "heads", None, None, None)
+            )
+            return jnp.where(inside, g * jnp.exp(jnp.minimum(s - peak, 0.0)), far)
+
+        return student
+
+    def masked_flops(self, length: int) -> float:
+        """As said there; a window's blocks hold twice the pairs that it sees."""
+        wasted = 0 if self.window is None else min(self.window, length)
+        return super().masked_flops(length) + 4 * self.heads.H * self.heads.K * wasted
+
+    def state_size(self, length: int) -> int:
+        own = 0 if self.window is None else min(self.window, length)
+        return super().state_size(length) + 2 * self.heads.G * self.heads.K * own
+
+    def init_cache(self, B: int, length: int, dtype: str) -> dict[str, Array]:
+        cache = super().init_cache(B, length, dtype)
+        if self.window is None:
+            return cache
+        shape = (B, min(self.window, length), self.heads.G, self.heads.K)
+        layout = spec("batch", None, "heads", None)
+        return cache | {n: jnp.zeros(shape, dtype, out_sharding=layout) for n in ("k", "v")}
+
+    def prefill(self, x: Float[Array, "B L D"], ctx: Context, cache: dict) -> tuple[Array, dict]:
+        if self.window is None:
+            return super().prefill(x, ctx, cache)
+        q, k, v = self.project(x, ctx)
+        o, state = self.attend(q, k, v, ctx)
+        slots = {n: cache[n] for n in ("k", "v")}
+        slots = ring.fill(slots, {"k": k, "v": v}, jnp.sum(ctx.valid, 1) - 1)
+        return self.write(o, ctx), {"values": state.values, "keys": state.keys, **slots}
+
+    def decode(self, x: Float[Array, "B 1 D"], ctx: Context, cache: dict) -> tuple[Array, dict]:
+        if self.window is None:
+            return super().decode(x, ctx, cache)
+        q, k, v = self.project(x, ctx)
+        now, segments = ctx.positions[:, 0], ctx.segment_ids
+        slots = {n: cache[n] for n in ("k", "v")}
+        leaving = {n: slot.astype(k.dtype) for n, slot in ring.take(slots, now).items()}
+        T = slots["k"].shape[1]
+        left = jnp.where((now >= T)[:, None], segments, 0)
+        state = State(cache["values"], cache["keys"], segments[:, 0])
+        o, total, state = self._far(q, leaving["k"], leaving["v"], segments, left, state)
+        slots = ring.put(slots, {"k": k, "v": v}, now)
+        near = band.of_ring(q, slots, ring.held(now, T) >= 0)
+        o = self._join(near, o, total).astype(q.dtype)
+        return self.write(o, ctx), {"values": state.values, "keys": state.keys, **slots}
