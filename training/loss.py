@@ -66,12 +66,14 @@ class Loss:
     `domain_loss` and `domain_share` where there are several domains: mixtures read them.
     needs: sums whose totals enter finish's derivative; they are known in `ctx.totals` when the
     gradient is taken. after(aux, totals): the state without gradients after the step.
+    taps: what layers are asked to report in training, beside `model.taps`; evaluation asks nothing.
     """
 
     sums: Callable[[dict, Batch, Context], Sums]
     finish: Callable[[Sums], tuple[Float[Array, ""], dict]]
     needs: tuple[str, ...] = ()
     after: Callable[[dict, Sums], dict] | None = None
+    taps: tuple[str, ...] = ()
 
 
 def log_likelihood(

@@ -25,11 +25,13 @@ PARAMS = {"tokens": np.float32(NORMAL(size=(W, D))), "head/kernel": np.float32(N
 
 
 def _apply(params, inputs, ctx):
-    """A bigram model with a padded vocabulary, whose two layers report a sum each."""
+    """A bigram model with a padded vocabulary, whose two layers report a sum each, and taps."""
     tokens = params["tokens"].at[inputs].get(out_sharding=ctx.stream)
     logits = jnp.einsum("bld,dw->blw", jnp.tanh(tokens), params["head/kernel"])
     size = over_tokens(jnp.mean(tokens**2, -1), ctx)
     layers = {"blocks/0/mixer/size": jnp.stack([size, 2 * size])}
+    far = over_tokens(jnp.mean(logits**2, -1), ctx)
+    layers |= {f"blocks/0/mixer/{tap}": jnp.stack([far, far + size]) for tap in ctx.taps}
     return jnp.where((jnp.arange(W) < REAL)[None, None], logits, -jnp.inf), layers
 
 
@@ -62,14 +64,15 @@ def _batch(seed=1):
     )
 
 
-def _context(micro, totals, domains=1):
-    return of_batch(micro, key=jax.random.key(0), train=True, totals=totals, domains=domains)
+def _context(micro, totals, domains=1, taps=()):
+    given = dict(train=True, totals=totals, domains=domains, taps=taps)
+    return of_batch(micro, key=jax.random.key(0), **given)
 
 
 @functools.cache
 def _compiled(loss, domains=1):
     """(value, sums, gradient) of rows `[B L]` by autodiff, and the same by micro-batches."""
-    context = functools.partial(_context, domains=domains)
+    context = functools.partial(_context, domains=domains, taps=loss.taps)
 
     def direct(params, batch):
         sums = counts(batch) | loss.sums(params, batch, context(batch, {}))
