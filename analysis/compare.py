@@ -20,6 +20,8 @@ class Rule:
 
     metric: of the last step.  margin: the least difference that counts, in its units.
     claims: {arm: one of KINDS}, against the arm `baseline`.  higher: whether more is better.
+    flops: share by which FLOPs a token may differ, none by default.  toward: an arm whose distance
+    to the baseline the report measures the others' by; it enters no verdict.
     """
 
     baseline: str
@@ -27,6 +29,8 @@ class Rule:
     margin: float
     claims: Mapping[str, str]
     higher: bool = False
+    flops: float = 0.0
+    toward: str | None = None
 
     def __str__(self) -> str:
         claimed = "; ".join(
@@ -44,6 +48,9 @@ class Rule:
             "no worse": f"'No worse' is confirmed if the interval lies below {margin}, refuted if "
             f"it lies above 0 and the mean is at least {margin}, and undecided otherwise.",
         }
+        equal = "order, tokens or FLOPs differ."
+        if self.flops:
+            equal = f"order or tokens differ, or FLOPs a token by more than {self.flops:.0%}."
         judged = [words[kind] for kind in KINDS if kind in self.claims.values()]
         return " ".join(
             [
@@ -52,7 +59,7 @@ class Rule:
                 f"are its differences, {order}, of runs with the same seed: their mean and its "
                 f"two-sided {CONFIDENCE:.0%} t-interval.",
                 *judged,
-                "There is no verdict where data order, tokens or FLOPs differ.",
+                f"There is no verdict where data {equal}",
             ]
         )
 

@@ -33,6 +33,7 @@ def markdown(summary: Mapping) -> str:
         f"{declared['metric']} at the last step, seeds {numbers}; {better} is better.",
         table(("arm", "point", "n", "mean", "sd", "range", "seconds a run"), _arms(summary)),
         *_notes(summary),
+        *_shares(summary),
         "## Differences by seed",
         PAIRS.format(baseline=declared["baseline"]),
         table(("arm", *seeds, "mean", "sd"), _pairs(summary)),
@@ -96,6 +97,25 @@ def _notes(summary: Mapping) -> list[str]:
     runs = summary["runs"].items()
     diverged = [f"{name} at step {x['diverged']}" for name, x in runs if x["diverged"] is not None]
     return notes + ([f"Not finite any more: {listed(diverged)}."] if diverged else [])
+
+
+def _shares(summary: Mapping) -> Iterator[str]:
+    """How far each arm comes on the way from the baseline to the arm `toward`."""
+    base, goal, arms = (
+        summary["declared"]["baseline"],
+        summary["declared"]["toward"],
+        summary["arms"],
+    )
+    means = {arm: x["spread"]["mean"] for arm, x in arms.items() if x["spread"]}
+    if goal is None or not {base, goal} <= set(means) or means[base] == means[goal]:
+        return
+    way = means[goal] - means[base]
+    shares = [
+        f"{arm} {(mean - means[base]) / way:.1%}"
+        for arm, mean in means.items()
+        if arm not in (base, goal)
+    ]
+    yield f"Of the way from {base} to {goal}, by the means: {listed(shares)}."
 
 
 def _pairs(summary: Mapping) -> Iterator[tuple[str, ...]]:

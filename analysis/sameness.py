@@ -32,7 +32,6 @@ EQUAL = {
     "tokenizers": lambda record: record.headers[0]["tokenizer"],
     "keys of data": _data,
     "tokens": tokens,
-    "FLOPs a token": flops_per_token,
 }
 
 
@@ -44,8 +43,19 @@ def differences(study: Study) -> list[str]:
         if len(groups) > 1:
             told = "; ".join(f"{text} in {_some(names)}" for text, names in groups.items())
             found.append(f"{what} differ: {told}")
+    found += _work(study)
     unknown = [name for name, record in study.records.items() if flops_per_token(record) is None]
     return found + ([f"FLOPs are unknown of {_some(unknown)}"] if unknown else [])
+
+
+def _work(study: Study) -> list[str]:
+    """FLOPs a token that lie further apart than the rule allows."""
+    known = {n: flops_per_token(r) for n, r in study.records.items() if flops_per_token(r)}
+    least, most = min(known, key=known.get, default=None), max(known, key=known.get, default=None)
+    if not known or known[most] <= known[least] * (1 + study.rule.flops):
+        return []
+    told = f"{known[least]:,.0f} in {least}; {known[most]:,.0f} in {most}"
+    return [f"FLOPs a token differ: {told}"]
 
 
 def ran(study: Study) -> dict[str, dict[str, list[str]]]:

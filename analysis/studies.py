@@ -18,7 +18,8 @@ class Study:
 
     @property
     def rule(self) -> Rule:
-        return Rule(**{field.name: self.given[field.name] for field in dataclasses.fields(Rule)})
+        names = [field.name for field in dataclasses.fields(Rule)]
+        return Rule(**{name: self.given[name] for name in names if name in self.given})
 
     def value(self, name: str) -> float | None:
         """The metric of a run at its last step; None if it diverged."""

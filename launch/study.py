@@ -10,6 +10,9 @@ A study is a file of experiments/ that has, besides get_config():
     MARGIN = 0.005                             the least difference in it that counts
     CLAIMS = {"sgd": "no worse"}               or "better"; left out: every other arm is better
     HIGHER = False                             whether more of the metric is better; may be left out
+    FLOPS = 0.0                                share by which FLOPs a token may differ; likewise
+    TOWARD = "softmax"                         what share of the way from the baseline to this arm
+                                               others come is reported; likewise
 
 and a paragraph of the docstring, `RULE  ...`, that says what `analysis.compare` will compute. No
 jax is needed to read it.
@@ -33,6 +36,7 @@ from launch.files import find, leaves, load
 from launch.schema import UsageError, spell
 
 NAMED = re.compile(r"\w[\w.]*")
+OPTIONAL = {"HIGHER": False, "FLOPS": 0.0, "TOWARD": None}
 CONSTANTS = {"BASELINE": str, "ARMS": dict, "SEEDS": tuple, "METRIC": str, "MARGIN": float}
 
 
@@ -107,7 +111,8 @@ def _constants(file: pathlib.Path) -> dict:
     spec = importlib.util.spec_from_file_location(f"study_{file.stem}", file)
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
-    said = {"doc": module.__doc__ or "", "HIGHER": getattr(module, "HIGHER", False)}
+    said = {"doc": module.__doc__ or ""}
+    said |= {name: getattr(module, name, value) for name, value in OPTIONAL.items()}
     for name, kind in CONSTANTS.items():
         value = getattr(module, name, None)
         value = float(value) if kind is float and type(value) is int else value
@@ -125,7 +130,7 @@ def _rule(file: pathlib.Path, said: Mapping) -> Rule:
     """What the constants declare, which the docstring has to say in the same words."""
     for wrong in _wrong(said):
         raise UsageError(f"{file}: {wrong}")
-    chosen = (said[name] for name in ("BASELINE", "METRIC", "MARGIN", "CLAIMS", "HIGHER"))
+    chosen = (said[name] for name in ("BASELINE", "METRIC", "MARGIN", "CLAIMS", *OPTIONAL))
     rule = Rule(*chosen)
     paragraphs = (" ".join(part.split()) for part in re.split(r"\n\s*\n", said["doc"]))
     if f"RULE {rule}" not in paragraphs:
@@ -150,6 +155,8 @@ def _wrong(said: Mapping) -> Iterator[str]:
             yield f"arm {arm} has no value to try for {empty[0]}"
     if base not in arms:
         yield f"BASELINE {base!r} is none of the arms {', '.join(map(str, arms))}"
+    if said["TOWARD"] is not None and said["TOWARD"] not in arms:
+        yield f"TOWARD {said['TOWARD']!r} is none of the arms {', '.join(map(str, arms))}"
     if any(type(x) is not int for x in said["SEEDS"]) or len(set(said["SEEDS"])) < len(
         said["SEEDS"]
     ):

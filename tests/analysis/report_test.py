@@ -83,7 +83,7 @@ def test_higher_may_be_better(summary):
         (dict(config={"steps": 20}), "tokens differ"),
         (dict(fingerprint="another"), "corpora differ"),
         (dict(tokenizer="another"), "tokenizers differ"),
-        (dict(flops_per_token={"visible": 601.0}), "FLOPs a token differ: 600.0 in"),
+        (dict(flops_per_token={"visible": 601.0}), "FLOPs a token differ: 600 in"),
         (dict(flops_per_token={"unknown": "why"}), "FLOPs are unknown of new-lr=0.1-seed=2"),
     ],
 )
@@ -97,6 +97,24 @@ def test_what_cannot_be_compared_gets_no_verdict(summary, tmp_path, changes, tol
     assert f"There is no verdict: {found['differing'][0]}." in text
     assert "new-lr=0.1-seed=2" in text
     assert not any(word in text for word in ("confirmed", "refuted", "undecided"))
+
+
+def test_the_share_of_the_way_to_an_arm_is_told(summary):
+    near, far = {"0.1": [2.0, 2.0, 2.0]}, {"0.1": [1.0, 1.0, 1.0]}
+    arms = {"old": near, "half": {"0.1": [1.4, 1.5, 1.3]}, "new": far}
+    text = report.markdown(summary(arms, toward="new"))
+    assert "Of the way from old to new, by the means: half 60.0%." in text
+    assert "Of the way" not in report.markdown(summary(arms))
+
+
+def test_flops_may_differ_as_far_as_the_rule_says(summary, tmp_path):
+    summary(flops=0.01)
+    rerun(tmp_path, "new-lr=0.1-seed=2", flops_per_token={"visible": 605.0})
+    assert summarise(load(tmp_path))["differing"] == []
+    rerun(tmp_path, "new-lr=0.1-seed=2", flops_per_token={"visible": 607.0})
+    assert summarise(load(tmp_path))["differing"] == [
+        "FLOPs a token differ: 600 in old-lr=0.1-seed=0; 607 in new-lr=0.1-seed=2"
+    ]
 
 
 def test_how_batches_are_built_is_no_difference(summary, tmp_path):

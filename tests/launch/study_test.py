@@ -47,8 +47,12 @@ def test_a_grid_is_every_combination_in_the_file_s_order(read):
 def test_claims_are_all_other_arms_unless_said(read):
     assert read().rule.claims == {"new": "better"}
     claims = {"new": "no worse"}
-    rule = Rule("old", "validation/bits_per_byte", 0.01, claims, True)
-    assert read(rule=rule, more=f"CLAIMS = {claims}; HIGHER = True").rule == rule
+    rule = Rule("old", "validation/bits_per_byte", 0.01, claims, True, 0.05, "new")
+    assert "or FLOPs a token by more than 5%." in str(rule)
+    assert (
+        read(rule=rule, more=f"CLAIMS = {claims}; HIGHER = True; FLOPS = 0.05; TOWARD = 'new'").rule
+        == rule
+    )
 
 
 def test_the_rule_may_be_wrapped(read):
