@@ -36,7 +36,11 @@ def get_config():
     config = ConfigDict()
     config.steps = 20  # optimizer steps of the run
     config.seed = 0  # of parameters, data order and dropout
-    config.trainable = ".*"  # regular expression; parameters whose whole path matches are trained
+    # Parameters that the run of `start` lacks begin as usual; layers are matched by their number.
+    config.start = placeholder(str)  # folder of a run whose parameters this one begins with
+    # What an adapter adds is always trained; of the model's own parameters, beside one, only those
+    # that a pattern given here names. Without an adapter no pattern means all of them.
+    config.trainable = placeholder(str)  # regular expression of the model's own paths to train
     config.ema = placeholder(float)  # decay a step of averaged parameters; none keeps none
     config.zero = "none"  # split over mesh.data: optimizer state (zero1), gradients too (zero2)
 
@@ -89,6 +93,9 @@ def get_config():
     config.model.unroll = 1  # periods of the pattern in one turn of the scan
     config.model.taps = ()  # sums that layers also report, such as residual (mean square of x)
     config.model.dtype = "float32"  # of the computation; parameters are always float32
+
+    config.adapter = ConfigDict()  # <name>.{own arguments} of adapters
+    config.adapter.name = placeholder(str)  # a file of training/adapters: parameters beside these
 
     config.loss = ConfigDict()  # what is minimised
     config.loss.name = "cross_entropy"  # a file of training/losses

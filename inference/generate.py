@@ -9,6 +9,7 @@ import numpy as np
 
 from inference import sampling
 from models.context import Context
+from models.param import read
 from parallel.rules import constrain, spec, ways
 
 # Prompts are padded to a multiple of this, so that few lengths compile.
@@ -82,7 +83,7 @@ def _compiled(model, tokens, eos, top_k, context):
     context = dict(context) | {"causal": True}
 
     def run(params, prompts, lengths, seed, drawn):
-        lm = model(params)
+        lm = read(model(params))
         B, P = prompts.shape
         at = jnp.arange(P, dtype=jnp.int32)[None]
         segments = (at < lengths[:, None]).astype(jnp.int32)

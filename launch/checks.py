@@ -62,9 +62,9 @@ def _ranges(values: Mapping[str, object]) -> None:
             raise UsageError(f"{name} is {given[name]} and must be at least 0 and below 1")
 
 
-def _regex(trainable: str) -> None:
+def _regex(trainable: str | None) -> None:
     try:
-        re.compile(trainable)
+        re.compile(trainable or "")
     except re.error as error:
         raise UsageError(
             f"trainable is not a regular expression: {error} in {trainable!r}"

@@ -144,7 +144,7 @@ def _named(draft: Draft) -> dict[str, list[tuple[str, str]]]:
     named = {}
     for section in SECTIONS:
         value = draft[section.chosen_by]
-        names = (value,) if isinstance(value, str) else value
+        names = (value,) if isinstance(value, str) else value or ()
         named[section.key] = [(section.chosen_by, name) for name in names]
     for family in FAMILIES:
         entries = draft.entries[family.key]

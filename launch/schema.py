@@ -151,6 +151,7 @@ SECTIONS = (
     MIXERS,
     FFNS,
     Section("model.heads", "models/heads", "Head", "model.head"),
+    Section("adapter", "training/adapters", "make", "adapter.name"),
     Section("loss.losses", "training/losses", "make", "loss.name"),
     Section("optim.methods", "optim/methods", "make", "optim.name"),
     Section("optim.schedules", "optim/schedules.py", "", "optim.schedule"),

@@ -41,7 +41,7 @@ LIBRARIES = {
 }  # fmt: skip
 METHODS = (
     "models.mixers", "models.ffns", "models.heads", "optim.methods", "training.losses",
-    "data.sources", "data.transforms", "data.tokenizers", "data.mixings",
+    "training.adapters", "data.sources", "data.transforms", "data.tokenizers", "data.mixings",
 )  # fmt: skip
 TRANSFORMS = {"jit", "grad", "value_and_grad", "scan", "vmap", "Optimizer"}
 FLAX = re.compile(rf"flax\.linen.*|flax\.nnx\.({'|'.join(TRANSFORMS)})")

@@ -14,7 +14,8 @@ from training.program import Program, batch_sharding
 
 @dataclasses.dataclass(frozen=True)
 class Score:
-    """nll: nats over `targets` tokens, which stand for `bytes` bytes of text.
+    """nll: nats over `targets` tokens, which stand for `bytes` bytes of text; `right` of them are
+    the model's first choice, None in a record of before this was counted.
 
     domains: nats a target by name, of each domain that has any.  weights: their numbers of targets.
     Both are empty where the corpus has one domain only.
@@ -25,6 +26,7 @@ class Score:
     bytes: int
     domains: dict[str, float] = dataclasses.field(default_factory=dict)
     weights: dict[str, float] = dataclasses.field(default_factory=dict)
+    right: float | None = None
 
     @property
     def loss(self) -> float:
@@ -36,13 +38,19 @@ class Score:
         return math.exp(min(self.loss, 700.0))
 
     @property
+    def accuracy(self) -> float | None:
+        """Share of the targets that the model thinks likeliest."""
+        return None if self.right is None else self.right / self.targets
+
+    @property
     def bits_per_byte(self) -> float | None:
         """None where the targets stand for no text."""
         return self.nll / math.log(2) / self.bytes if self.bytes else None
 
     def summary(self) -> dict[str, float]:
-        """loss, perplexity and bits_per_byte, each where it is defined."""
-        named = {n: getattr(self, n) for n in ("loss", "perplexity", "bits_per_byte")}
+        """loss, perplexity, accuracy and bits_per_byte, each where it is defined."""
+        names = "loss", "perplexity", "accuracy", "bits_per_byte"
+        named = {n: getattr(self, n) for n in names}
         return {name: value for name, value in named.items() if value is not None}
 
     def values(self) -> dict[str, float]:
@@ -78,7 +86,8 @@ def held_out(
     if not totals.get("weight"):
         raise ValueError("the held-out rows have no target to score; hold out more of the corpus")
     domains, weights = _by_domain(totals, data)
-    return Score(float(totals["nll"]), float(totals["weight"]), text, domains, weights)
+    nll, weight, right = (float(totals[name]) for name in ("nll", "weight", "right"))
+    return Score(nll, weight, text, domains, weights, right)
 
 
 def _by_domain(totals: dict, data) -> tuple[dict[str, float], dict[str, float]]:

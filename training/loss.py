@@ -87,3 +87,10 @@ def log_likelihood(
     log_z = jax.nn.logsumexp(logits, -1)
     here = numbers(logits) == targets[:, :, None]
     return jnp.sum(jnp.where(here, logits, 0.0), -1) - log_z, log_z
+
+
+def right(logits: Float[Array, "B L W"], targets: Int[Array, "B L"]) -> Float[Array, "B L"]:
+    """1 where no logit is larger than the target's, else 0."""
+    here = numbers(logits) == targets[:, :, None]
+    chosen = jnp.sum(jnp.where(here, logits, 0.0), -1)
+    return (chosen >= jnp.max(logits, -1)).astype(jnp.float32)

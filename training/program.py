@@ -20,8 +20,9 @@ from optim import build as optimizer
 from parallel import zero
 from parallel.rules import RULES, layout, partition, ways
 from parallel.weight import Table
+from training import adapter as adapters
 from training import step
-from training.loss import by_domain, log_likelihood
+from training.loss import by_domain, log_likelihood, right
 from training.state import TrainState, pair
 
 # Keys of config.model that are not the model's: the tokenizer's, and what Context carries.
@@ -32,19 +33,23 @@ NOT_OF_LM = ("vocab", "causal", "dtype", "taps")
 class Program:
     """init() -> state and step(state, batch) -> (state, metrics), both jitted; step donates state.
 
-    state, batch: what they take, abstract, with shardings.  table: of the parameters.
-    evaluate(params, batch `[b L]`): sums of `nll` (nats) and `weight`, and those by domain, jitted.
-    model(params): the module, for decoding.  context: static fields of its Context.
+    init(source, take): with the parameters take(source, drawn), traced, for those that are drawn.
+    state, batch: what they take, abstract, with shardings.
+    table: of the parameters, those of the adapter last.  adapter: what they add to the model's own.
+    evaluate(params, batch `[b L]`): sums of `nll` (nats), `weight`, `right`, and by domain, jitted.
+    model(params): the module, for decoding, of parameters that may be abstract.
+    context: static fields of its Context.
     lr(tokens, batch_tokens): the learning rate.  tokens: of the whole run, B L steps.
     """
 
-    init: Callable[[], TrainState]
+    init: Callable[..., TrainState]
     step: Callable[[TrainState, Batch], tuple[TrainState, dict]]
     state: TrainState
     batch: Batch
     evaluate: Callable[[dict, Batch], dict]
     model: Callable[[dict], LM]
     table: Table
+    adapter: adapters.Adapter
     context: Mapping
     lr: Callable
     tokens: int
@@ -60,17 +65,16 @@ def build(
     Raises:
       ValueError: sizes or names that do not fit, in one sentence.
     """
-    # Without a mesh, so that sizes which do not divide reach the check, not an error of JAX's.
-    with jax.sharding.use_abstract_mesh(jax.sharding.AbstractMesh((), ())):
-        model, abstract, construct = _model(config["model"], config["data"]["length"], vocab)
-    weights = table(abstract)
+    bare, construct, own, adapter = _declared(config, vocab)
+    model = lambda params: bare(adapter.bind(params))
+    weights = own | adapter.table
     _check_declared(weights)
     _check_used(weights, mesh)
     _check_divides(weights, mesh)
     with jax.sharding.use_abstract_mesh(getattr(mesh, "abstract_mesh", mesh)):
         context = {name: config["model"][name] for name in ("dtype", "causal")}
         context["taps"] = tuple(config["model"].get("taps", ()))
-        chosen = _chosen(config["trainable"], weights)
+        chosen = _chosen(config["trainable"], own, adapter.table)
         sizes = config["data"]
         context["domains"] = max(1, len(sizes.get("mixture", ())))
         tokens = sizes["batch_size"] * sizes["length"] * config["steps"]
@@ -79,8 +83,10 @@ def build(
         # A config of a run from before this key has none.
         place = zero.make(config.get("zero", "none"), {p: weights[p] for p in chosen}, mesh)
 
-        def init() -> TrainState:
+        def init(source: Mapping = {}, take: Callable | None = None) -> TrainState:
             whole = flatten(nnx.state(construct(jax.random.key(seed))))
+            whole |= adapters.start(adapter.table, seed)
+            whole = whole if take is None else take(source, whole)
             params = {path: whole[path] for path in chosen}
             frozen = {path: leaf for path, leaf in whole.items() if path not in chosen}
             aux = {"frozen": frozen} if frozen else {}
@@ -90,22 +96,39 @@ def build(
             return TrainState(jnp.int32(0), nothing, nothing, params, tx.init(held), aux)
 
         loss = _loss(config["loss"], lambda params, inputs, ctx: model(params)(inputs, ctx))
-        run = step.make(loss, tx, lr, seed=seed, context=context, ema=ema, place=place)
+        asked = context | {"taps": (*context["taps"], *loss.taps)}
+        run = step.make(loss, tx, lr, seed=seed, context=asked, ema=ema, place=place)
         state = _placed(jax.eval_shape(init), mesh)
         # One spelling of each sharding for init, step and restore, or the step compiles again.
         canonical = jax.tree.map(lambda leaf: leaf.sharding, state)
         return Program(
-            init=jax.jit(init, out_shardings=canonical),
+            init=jax.jit(init, static_argnums=1, out_shardings=canonical),
             step=jax.jit(run, donate_argnums=0, out_shardings=(canonical, None)),
             state=state,
             batch=_batch(sizes, mesh),
             evaluate=jax.jit(_evaluate(model, context)),
             model=model,
             table=weights,
+            adapter=adapter,
             context=context,
             lr=lr,
             tokens=tokens,
         )
+
+
+def described(config: Mapping, vocab: int) -> tuple[Table, adapters.Adapter]:
+    """The model's own parameters and the adapter of a config, as in `build`, of which it raises."""
+    _, _, own, adapter = _declared(config, vocab)
+    return own, adapter
+
+
+def _declared(config: Mapping, vocab: int):
+    # Without a mesh, so that sizes which do not divide reach the check, not an error of JAX's.
+    with jax.sharding.use_abstract_mesh(jax.sharding.AbstractMesh((), ())):
+        bare, abstract, construct = _model(config["model"], config["data"]["length"], vocab)
+    own = table(abstract)
+    # A config of a run from before these keys has none.
+    return bare, construct, own, adapters.make(config.get("adapter", {}), own)
 
 
 def parameters(state: TrainState, *, averaged: bool = True) -> dict:
@@ -141,12 +164,18 @@ def _loss(config: Mapping, apply: Callable):
     )
 
 
-def _chosen(pattern: str, weights: Table) -> list[str]:
-    chosen = [path for path in weights if re.fullmatch(pattern, path)]
+def _chosen(pattern: str | None, own: Table, added: Table) -> list[str]:
+    """What is trained: all that is added, and of the model's own what the pattern matches.
+
+    Without a pattern that is nothing where something is added, else all.
+    """
+    if pattern is None:
+        return list(added or own)
+    chosen = [path for path in own if re.fullmatch(pattern, path)]
     if not chosen:
-        near = difflib.get_close_matches(pattern, list(weights), n=3, cutoff=0.0)
+        near = difflib.get_close_matches(pattern, list(own), n=3, cutoff=0.0)
         raise ValueError(f"trainable {pattern!r} matches no parameter; some are {', '.join(near)}")
-    return chosen
+    return [*chosen, *added]
 
 
 def _evaluate(model: Callable, context: Mapping):
@@ -155,6 +184,7 @@ def _evaluate(model: Callable, context: Mapping):
         logits, _ = model(params)(batch.inputs, ctx)
         log_p, _ = log_likelihood(logits, batch.targets)
         sums = {"nll": -jnp.sum(batch.weights * log_p), "weight": jnp.sum(batch.weights)}
+        sums["right"] = jnp.sum(batch.weights * right(logits, batch.targets))
         return sums | by_domain(batch, ctx, log_p)
 
     return evaluate

@@ -4,13 +4,17 @@ import dataclasses
 import math
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from models.context import of_batch
+from parallel import mesh as meshes
+from parallel.rules import spec
 from tests import tiny
 from tests.training import mixed
 from training.evaluate import Score, held_out, place
+from training.loss import right
 
 
 @pytest.fixture(scope="module")
@@ -132,7 +136,13 @@ def test_neither_rows_nor_devices_change_the_domains(domains):
 
 
 def test_a_domain_without_held_out_targets_has_no_score(built, params):
-    totals = {"nll": 6.0, "weight": 2.0, "domain_nll": [6.0, 0.0], "domain_weight": [2.0, 0.0]}
+    totals = {
+        "nll": 6.0,
+        "weight": 2.0,
+        "right": 1.0,
+        "domain_nll": [6.0, 0.0],
+        "domain_weight": [2.0, 0.0],
+    }
     program = dataclasses.replace(built.program, evaluate=lambda params, batch: totals)
     data = mixed.Mixed(built.data, domains=("code", "prose"))
     found = held_out(program, params, data, built.mesh, rows=4, limit=4)
@@ -154,6 +164,7 @@ def test_values_of_a_score():
         "bits_per_byte": pytest.approx(4.0),
     }
     assert "bits_per_byte" not in Score(1.0, 1.0, 0).values()
+    assert dataclasses.replace(found, right=3.0).values()["accuracy"] == 0.75
     several = dataclasses.replace(found, domains={"code": 1.5}, weights={"code": 4.0})
     assert several.values() == found.values() | {"loss/code": 1.5}
     assert several.summary() == found.values()
@@ -175,3 +186,19 @@ def test_rows_must_divide_over_devices(root):
     eight = tiny.setup(root, 8, mesh__data=4, mesh__tensor=2)
     with pytest.raises(ValueError, match="3 rows at a time do not divide over 4 devices"):
         score(eight, {}, 3)
+
+
+def test_right_are_targets_with_no_larger_logit():
+    """Ties count, padded vocabulary (-inf) does not, and a divided vocabulary changes nothing."""
+    rng = np.random.default_rng(0)
+    logits = rng.integers(0, 4, (4, 6, 16)).astype(np.float32)
+    logits[:, :, 13:] = -np.inf
+    targets = rng.integers(0, 13, (4, 6)).astype(np.int32)
+    chosen = np.take_along_axis(logits, targets[:, :, None], 2)[:, :, 0]
+    expected = (chosen == logits.max(-1)).astype(np.float32)
+    np.testing.assert_array_equal(right(jnp.asarray(logits), jnp.asarray(targets)), expected)
+    assert 0 < expected.mean() < 1
+    with jax.set_mesh(meshes.make(data=2, tensor=4)):
+        put = lambda x, *names: jax.device_put(x, spec(*names))
+        placed = put(logits, "batch", "length", "vocab"), put(targets, "batch", "length")
+        np.testing.assert_array_equal(jax.jit(right)(*placed), expected)

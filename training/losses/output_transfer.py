@@ -6,8 +6,8 @@ layers, times 1000 (its released configurations). Each layer sees what the teach
 it give. Deviation: layers are averaged, where the released code adds them.
 """
 
+from training.imitation import imitation
 from training.loss import Loss
-from training.losses.attention_transfer import imitation
 
 TAP = "output_transfer"
 CASES = ({"scale": 1.0},)
