@@ -89,7 +89,9 @@ def _rows(shape: Shape, options: Options, tiles, mask, slot, group, scratch):
         _take_turn(shape, group, scratch)
 
         def products(s, acc):
-            s.add(q.at[group], k.at[slot(t)].transpose((1, 0)))
+            # So many descriptors of wide queries, known before the loop, would crowd the registers.
+            mine = lax.optimization_barrier(group) if shape.K > 128 else group
+            s.add(q.at[mine], k.at[slot(t)].transpose((1, 0)))
             wait("v", t - 1)
             acc.add(p, v.at[slot(t - 1)])
             _pass_turn(shape, group, scratch)
@@ -167,7 +169,9 @@ def _mask(shape: Shape, options: Options, start_of, row, group, slot, scratch):
         return None
 
     def mask(t):
-        start = start_of(t)
+        # Were its range known, compilers would join the two parts of a column that `visible` tells
+        # apart, and keep every column in a register through all loops.
+        start = lax.optimization_barrier(start_of(t))
         columns, rows = gpu_tiles.iota(size, 1), None
         if options.causal or options.window is not None:
             rows = gpu_tiles.iota(size, 0) + (row + shape.S - shape.L - start)

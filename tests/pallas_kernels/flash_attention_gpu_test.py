@@ -88,6 +88,10 @@ CASES = {
         1, 128, 192, 2, 2, 80, 80, 0, dict(causal=True),
         Config(block_q=128, block_kv=64, turns=False, share=True),
     ),
+    "heads of 256": (
+        1, 128, 192, 1, 1, 256, 256, 0, dict(causal=True, window=70, softcap=2.0),
+        Config(block_q=128, block_kv=64, turns=False, share=True),
+    ),
     "narrow values": (1, 64, 128, 1, 1, 128, 40, 0, dict(scale=-0.3), Config()),
 }  # fmt: skip
 
