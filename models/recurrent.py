@@ -5,8 +5,10 @@ from jaxtyping import Array, Float
 
 from models.context import Context
 from models.projections import Projections
-from pallas_kernels.linear_attention import State, linear_attention
+from pallas_kernels.linear_attention import State, linear_attention, merge
 from pallas_kernels.linear_attention.features import count
+from pallas_kernels.linear_attention.summary import state_of
+from parallel import prefix
 from parallel.rules import spec
 
 
@@ -37,7 +39,8 @@ class LinearMixer(Projections):
         """o [B L H V] and the state after the row, of tokens that go on from `state`'s."""
         rows = dict(q_segments=ctx.segment_ids, kv_segments=ctx.segment_ids)
         own = dict(features=self.form, implementation=self.implementation)
-        o, _, state = linear_attention(q, k, v, **self.maps(), **rows, **own, state=state)
+        run = prefix.linear(linear_attention, state_of, merge)
+        o, _, state = run(q, k, v, **self.maps(), **rows, **own, state=state)
         return o, state
 
     def masked_flops(self, length: int) -> float:
@@ -47,7 +50,7 @@ class LinearMixer(Projections):
         the state and reads it, 2 F V each. Negative for rows so short that squares are cheaper.
         """
         H, V, F = self.heads.H, self.heads.V, count(self.form, self.f)
-        return 2 * H * (length * (F + V) - F * V)
+        return 2.0 * H * (length * (F + V) - F * V)
 
     def state_size(self, length: int) -> int:
         """Elements of the decoding state of one sequence, however long it is."""

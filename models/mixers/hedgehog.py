@@ -38,7 +38,7 @@ CASES = (
     {"form": "paper", "heads": 4, "kv_heads": 2},
     {"form": "fla", "rope": False, "bias": True},
     {"width": 4, "window": 5, "kv_heads": 2},
-    {"window": 16, "qk_norm": True},
+    {"window": 7, "qk_norm": True},
 )
 
 
@@ -79,6 +79,8 @@ class Mixer(LinearMixer):
         super().__init__(dims, sizes, rngs=rngs, scaling=scaling, qk_norm=qk_norm, bias=bias)
         self.form, self.f, self.implementation = FORMS[form], width or sizes.K, implementation
         self.window, shared = window, form == "fla"
+        if window is not None:
+            self.context = "none"  # its blocks need their neighbours
         maps = dict(fan_in=(1,), fan_out=(2,), stack=(0,), init=("identity",), decay=False)
         vector = dict(decay=False, group="bias")
         for name, heads in (("q", sizes.H), ("k", sizes.G)):
@@ -92,8 +94,11 @@ class Mixer(LinearMixer):
             self.mix = param(rngs, (sizes.H,), ("heads",), **mix)
 
     def maps(self) -> dict:
+        each = lambda w, heads: jnp.broadcast_to(
+            w, (heads, *w.shape[1:]), out_sharding=spec("heads", *[None] * (w.ndim - 1))
+        )
         return {
-            f"{name}_{part}": jnp.broadcast_to(weight[...], (heads, *weight.shape[1:]))
+            f"{name}_{part}": each(weight[...], heads)
             for name, heads in (("q", self.heads.H), ("k", self.heads.G))
             for part, weight in self._own(name)
         }
@@ -107,7 +112,7 @@ class Mixer(LinearMixer):
         self, x: Float[Array, "B L D"], ctx: Context
     ) -> tuple[Float[Array, "B L D"], dict]:
         q, k, v = self.project(x, ctx)
-        asked = {"attention_transfer", "output_transfer"} & set(ctx.taps)
+        asked = {"attention_transfer", "output_transfer", "attention_weights"} & set(ctx.taps)
         if not asked:
             return self.write(self.attend(q, k, v, ctx)[0], ctx), {}
         # Each layer learns from what the teacher's layers before it give (teacher forcing).
@@ -117,6 +122,9 @@ class Mixer(LinearMixer):
         if "attention_transfer" in asked:
             sums = transfer.cross_entropy(q, k, self._weights(q, k), ctx)
             aux |= dict(zip(("attention_transfer", "teacher_entropy"), sums, strict=True))
+        if "attention_weights" in asked:
+            both = transfer.weights(q, k, self._weights(q, k), ctx.segment_ids)
+            aux |= dict(zip(("teacher_weights", "student_weights"), both, strict=True))
         if "output_transfer" in asked:
             error = self.attend(q, k, v, ctx)[0].astype(jnp.float32) - taught.astype(jnp.float32)
             aux["output_transfer"] = over_tokens(jnp.mean(jnp.square(error), (2, 3)), ctx)

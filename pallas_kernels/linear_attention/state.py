@@ -38,7 +38,7 @@ def held(kv_segments: Int[Array, "B L"], before: Int[Array, "B"], C: int) -> Int
     L = kv_segments.shape[1]
     # A later key outranks an earlier one, and padding outranks none.
     rank = jnp.where(kv_segments != 0, jnp.arange(1, L + 1)[None], 0)
-    last = jax.lax.cummax(rank, axis=1)[:, C - 1 :: C]
+    # With a first entry of none: a slice of one element would lose the row's layout.
+    last = jax.lax.cummax(jnp.pad(rank, ((0, 0), (1, 0))), axis=1)[:, ::C]
     at = jnp.take_along_axis(kv_segments, jnp.maximum(last - 1, 0), 1)
-    after = jnp.where(last > 0, at, before[:, None])
-    return jnp.concatenate([before[:, None], after], 1)
+    return jnp.where(last > 0, at, before[:, None])

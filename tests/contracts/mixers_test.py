@@ -166,8 +166,12 @@ def test_state_size_is_that_of_the_cache(mixer, own):
 
 
 @every_case
-def test_one_device_equals_eight(mixer, own):
+@pytest.mark.parametrize("mesh", [dict(data=2, fsdp=2, tensor=2), dict(context=4, tensor=2)])
+def test_one_device_equals_eight(mixer, own, mesh):
+    """Split over context too, documents crossing the borders, where the mixer says how."""
     build, params, entries = _build(mixer, own)
+    if "context" in mesh and build(params).context == "none":
+        return
     x, segments = _inputs(), np.repeat([[1] * 10 + [2] * 12 + [0] * 2], B, 0)
 
     def run(params, x, segments, positions):
@@ -177,7 +181,7 @@ def test_one_device_equals_eight(mixer, own):
 
     grads = jax.jit(jax.value_and_grad(run, (0, 1)))
     expected = grads(params, x, jnp.asarray(segments), jnp.asarray(_positions(segments)))
-    with jax.set_mesh(meshes.make(data=2, fsdp=2, tensor=2)):
+    with jax.set_mesh(meshes.make(**mesh)):
         put = lambda x, *names: jax.device_put(x, spec(*names))
         placed = {p: put(leaf, *entries[p].axes) for p, leaf in params.items()}
         # The scan body hands a mixer weights whose fsdp shards are gathered.
