@@ -17,9 +17,9 @@ from pallas_kernels.linear_attention.state import State, held, merge
 __all__ = ["IMPLEMENTATIONS", "State", "linear_attention", "merge"]
 
 # The modules, in the order in which implementation=None tries them, and the platform of those that
-# are for one. Each offers `forward` and `backward`.
-IMPLEMENTATIONS = {"xla": None, "reference": None}
-TUNED = ()
+# are for one. Each offers `forward` and `backward`. What no GPU has run yet is asked for by name.
+IMPLEMENTATIONS = {"pallas_tpu": "tpu", "xla": None, "pallas_gpu": "gpu", "reference": None}
+TUNED = ("pallas_tpu", "pallas_gpu")
 # Dimensions that a kernel needs in one piece, by the argument's place in `Arrays`.
 WHOLE = {0: {1: "length of q", 3: "head size of q"}, 1: {1: "length of k", 3: "head size of k"}}
 WHOLE |= {2: {1: "length of v", 3: "head size of v"}, 7: {2: "features", 3: "head size of v"}}
