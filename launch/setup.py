@@ -23,6 +23,7 @@ from training import flops
 from training import program as programs
 from training.checkpoint import READING, Checkpoints
 from training.loop import NotFiniteError
+from training.start import tuples
 
 
 @dataclasses.dataclass(frozen=True)
@@ -84,7 +85,7 @@ def reopen(
 
 def _reopen(checkpoints: Checkpoints, step: int, corpus: bool) -> tuple[Setup, dict, int]:
     header = checkpoints.meta(step)["header"]
-    config = _tuples(header["config"])
+    config = tuples(header["config"])
     mesh = _mesh_here(config["mesh"])
     devices = ways(mesh, "batch")
     rows = config["data"]["batch_size"] // config["data"]["micro_batches"]
@@ -164,7 +165,10 @@ def flops_per_token(setup: Setup) -> flops.ModelFlops:
     program = programs.build(config, setup.mesh, setup.data.vocab_size)
     params = program.state.aux.get("frozen", {}) | program.state.params
     b, L = setup.program.batch.inputs.shape[1:]
-    rows = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape[1:], x.dtype), setup.program.batch)
+    lay = lambda name: programs.batch_sharding(name, setup.mesh, 0)
+    row = lambda name, x: jax.ShapeDtypeStruct(x.shape[1:], x.dtype, sharding=lay(name))
+    fields = setup.program.batch._asdict()
+    rows = setup.program.batch._replace(**{name: row(name, x) for name, x in fields.items()})
     masked = program.model(params).masked_flops(L) if config["model"]["causal"] else 0.0
     return flops.model(program.evaluate, params, rows, tokens=b * L, masked=masked)
 
@@ -264,13 +268,6 @@ def workdir(flags, config_path: str) -> pathlib.Path:
     if folder.exists() and not folder.is_dir():
         raise ValueError(f"--workdir {folder} is a file; give a folder")
     return folder
-
-
-def _tuples(tree):
-    """`_plain` undone: a config has no lists."""
-    if isinstance(tree, dict):
-        return {key: _tuples(value) for key, value in tree.items()}
-    return tuple(tree) if isinstance(tree, list) else tree
 
 
 def _plain(tree):

@@ -63,26 +63,35 @@ def _train(parsed: flags.Parsed, folder: pathlib.Path, built, hosts) -> None:
     head = setup.header(built)
     if hosts.leader:
         print(report.opening(built, head, folder), file=sys.stderr)
-    sample = report.sampler(built)
-    job = loop.Run(
-        config=parsed.config,
+    names = ("accept_corpus", "accept_config", "trust")
+    own = {name: getattr(parsed.flags, name) for name in names}
+    job = prepare(built, folder, head, hosts=hosts, **own)
+    outcome = loop.run(job)
+    hosts.at("ending")
+    text = report.closing(job, outcome, parsed)
+    if hosts.leader:
+        print(text, flush=True)
+
+
+def prepare(built, folder: pathlib.Path, head: dict, **own):
+    """The run, to be given to training.loop.run.
+
+    built: by `launch.setup.build`.  head: its header.  own: other fields of training.run.Run.
+    """
+    from launch import report
+    from training.run import Run
+
+    return Run(
+        config=built.config,
         program=built.program,
         data=built.data,
         mesh=built.mesh,
         workdir=folder,
         header=head,
         flops=head["flops_per_token"].get("visible"),
-        sample=sample,
-        accept_corpus=parsed.flags.accept_corpus,
-        accept_config=parsed.flags.accept_config,
-        trust=parsed.flags.trust,
-        hosts=hosts,
+        sample=report.sampler(built),
+        **own,
     )
-    outcome = loop.run(job)
-    hosts.at("ending")
-    text = report.closing(job, outcome, parsed)
-    if hosts.leader:
-        print(text, flush=True)
 
 
 if __name__ == "__main__":

@@ -20,6 +20,7 @@ from tensorboardX.record_writer import masked_crc32c
 
 FINAL = "final/"  # tags of what is known only at the end of a run
 _HEAD, _CRC = struct.Struct("<Q"), struct.Struct("<I")
+_PNG = struct.Struct(">II")  # width and height, at byte 16 of every file
 
 
 class EventFile:
@@ -42,6 +43,12 @@ class EventFile:
 
     def text(self, step: int, tag: str, text: str) -> None:
         self._write(step, summary=summaries.text(tag, text))
+
+    def image(self, step: int, tag: str, png: bytes) -> None:
+        """png: a whole file, which says its own size."""
+        width, height = _PNG.unpack_from(png, 16)
+        image = Summary.Image(height=height, width=width, colorspace=3, encoded_image_string=png)
+        self._write(step, summary=Summary(value=[Summary.Value(tag=tag, image=image)]))
 
     def hparams(self, step: int, config: dict[str, Any], metrics: dict[str, Any]) -> None:
         """config: flat, of bool, int, float, str and None (left out)."""

@@ -8,7 +8,7 @@ from collections.abc import Iterator, Mapping
 
 import jax
 
-from training import manifest
+from training import manifest, start
 from training.changes import (
     LAYOUT,
     STRETCHING,
@@ -32,14 +32,16 @@ def begin(checkpoints: Checkpoints, job: Run) -> tuple[TrainState, int, dict]:
     `corpora` in that header lists {"from_row", "fingerprint"} of every corpus trained on, and with
     a later one what of the configuration was `changed` for it, {key: [before, after]}; `changes`
     lists {"from_step", "changed"} of every other change that was accepted, and of those that
-    stretch schedules. The data is given its saved state. Raises CheckpointError for a run of
-    another configuration or corpus, and ValueError for a corpus that ends before the run does.
+    stretch schedules; `start` is what training/start.py says of the first step. The data is given
+    its saved state. Raises CheckpointError for a run of another configuration or corpus, and
+    ValueError for a corpus that ends before the run does and a start that cannot be made.
     """
     new = dict(job.header)
     step = checkpoints.latest()
     if step is None:
         _enough_rows(job, 0, 0)
-        return job.program.init(), 0, new | {"corpora": [_corpus(new, 0)]}
+        state, begun = start.first(job)
+        return state, 0, new | {"corpora": [_corpus(new, 0)]} | begun
     meta = checkpoints.meta(step)
     old = meta["header"]
     changed = changes(old["config"], new["config"])
@@ -80,7 +82,8 @@ def _history(
         past = [*past, {"from_step": first, "changed": computed | stretched}]
     if computed:
         _note(f"from step {first:,} on the configuration is another one{told(computed)}")
-    return {"corpora": corpora} | ({"changes": past} if past else {})
+    begun = {"start": old["start"]} if "start" in old else {}
+    return {"corpora": corpora} | ({"changes": past} if past else {}) | begun
 
 
 def _corpus(header: Mapping, row: int) -> dict:

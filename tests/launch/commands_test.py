@@ -122,7 +122,9 @@ def test_evaluate_repeats_the_score_that_train_gave(call, trained):
     assert lines["step"] == "3"
     assert lines["targets"] == f"{final['targets']:,.0f}"
     assert lines["loss"] == f"{final['nll'] / final['targets']:.4f}"
-    assert set(lines) == {"step", "targets", "loss", "perplexity", "bits per byte"}
+    assert lines["accuracy"] == f"{final['right'] / final['targets']:.4f}"
+    names = "step", "targets", "loss", "perplexity", "accuracy", "bits per byte"
+    assert set(lines) == set(names)
     status, out, _ = call("evaluate", "--workdir", workdir, "--rows=4", "--batch=4")
     assert status == 0
     assert int(out.splitlines()[1].split()[1]) < final["targets"]

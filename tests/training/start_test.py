@@ -1,6 +1,5 @@
 """A run that begins with another one's parameters, against layers counted by hand."""
 
-import json
 import shutil
 import types
 
@@ -12,7 +11,8 @@ from models.layering import Layering
 from parallel import mesh as meshes
 from parallel.rules import spec
 from tests import tiny
-from training import carry, loop, start
+from tests.models.built import place as put
+from training import carry, resume, start
 from training.checkpoint import Checkpoints
 from training.program import described, parameters
 
@@ -140,19 +140,30 @@ def root(tmp_path_factory):
     return tiny.corpus(tmp_path_factory.mktemp("corpus"))
 
 
-def trained(root, workdir, devices=1, steps=2, **changes):
+def saved(root, folder, devices=1, **changes):
+    """A checkpoint in the folder as a run of two steps leaves one, of random values."""
     built = tiny.setup(root, devices, **changes)
+    normal = np.random.default_rng(0).normal
+    draw = lambda x: np.float32(normal(size=x.shape))
     with jax.set_mesh(built.mesh):
-        loop.run(tiny.run(built, workdir, steps=steps))
+        random = lambda tree: {path: put(draw(x), x) for path, x in tree.items()}
+        state = built.program.init()
+        aux = {name: random(tree) for name, tree in state.aux.items()}
+        state = state._replace(step=state.step + 2, params=random(state.params), aux=aux)
+        with Checkpoints(folder) as checkpoints:
+            checkpoints.save(state, {"header": tiny.run(built, folder).header})
     return built
 
 
 @pytest.fixture(scope="module")
 def teacher(root, tmp_path_factory):
-    """Split over four devices, averaged, without a part of it that is not trained."""
+    """Split over four devices, averaged, with a part of it that is not trained."""
     folder = tmp_path_factory.mktemp("teacher")
     own = dict(ema=0.5, zero="zero1", trainable="(?!tokens).*", mesh__data=2, mesh__fsdp=2)
-    return trained(root, folder, 4, **TEACHER, **own), folder
+    return saved(root, folder, 4, **TEACHER, **own), folder
+
+
+EXACT = {"step": 2} | {part: {"count": 0, "some": []} for part in ("missing", "unused")}
 
 
 def begun(root, workdir, devices=1, **changes):
@@ -179,8 +190,9 @@ def test_averages_of_another_mesh_go_to_layers_elsewhere(mesh, root, teacher, tm
     own = dict(start=folder, ema=0.9, trainable=".*q_map|suffix.*")
     state, told, _ = begun(root, tmp_path, devices, **STUDENT, **mesh, **own)
     given, got = effective(built, folder), parameters(state, averaged=False)
-    raw = Checkpoints(folder).restore_params()[0]
-    assert np.any(raw["blocks/0/mixer/q"] != given["blocks/0/mixer/q"])
+    with Checkpoints(folder) as checkpoints:
+        averaged = checkpoints.restore_params(aux="ema")[0]["blocks/0/mixer/q"]
+    np.testing.assert_array_equal(given["blocks/0/mixer/q"], averaged)
     for path in ("mixer/q", "mixer/kv", "ffn/up", "norms/1/scale"):
         for layer, part in enumerate(("prefix/0", "blocks/0", "suffix/0")):
             held = got[f"{part}/{path}"][0] if layer == 1 else got[f"{part}/{path}"]
@@ -206,12 +218,13 @@ def test_averages_of_another_mesh_go_to_layers_elsewhere(mesh, root, teacher, tm
 def test_an_adapter_is_worked_in_and_fewer_layers_are_told(root, teacher, tmp_path, capsys):
     lora = {"adapter.name": "lora", "adapter.lora.rank": 2, "optim.lr": 0.1}
     lora = {name.replace(".", "__"): value for name, value in lora.items()}
-    source = trained(root, tmp_path / "lora", **TEACHER, **lora)
+    source = saved(root, tmp_path / "lora", **TEACHER, **lora)
     own = TEACHER | dict(model__layers=2, start=tmp_path / "lora")
     state, told, _ = begun(root, tmp_path / "run", **own, **lora)
     given, got = effective(source, tmp_path / "lora"), parameters(state)
-    bare = jax.device_get(source.program.init().params | source.program.init().aux["frozen"])
-    assert np.any(given["blocks/0/mixer/q"] != bare["blocks/0/mixer/q"])
+    with Checkpoints(tmp_path / "lora") as checkpoints:
+        frozen, _ = checkpoints.restore_params(aux="frozen")
+    assert np.any(given["blocks/0/mixer/q"] != frozen["blocks/0/mixer/q"])
     np.testing.assert_array_equal(got["blocks/0/mixer/q"], given["blocks/0/mixer/q"][:2])
     assert np.all(got["blocks/0/mixer/q/lora_b"] == 0)
     assert told["missing"]["count"] == 6
@@ -221,25 +234,20 @@ def test_an_adapter_is_worked_in_and_fewer_layers_are_told(root, teacher, tmp_pa
     assert table | adapter.table == source.program.table
 
 
-def test_only_the_first_step_reads_it_and_the_header_keeps_it(root, teacher, tmp_path):
+def test_only_the_first_step_reads_it_and_the_header_keeps_it(teacher, tmp_path):
     """The source may be gone afterwards, and its corpus before."""
     folder = shutil.copytree(teacher[1], tmp_path / "teacher")
     built = tiny.setup(tiny.corpus(tmp_path / "other", 30), **TEACHER, start=folder)
-    workdir = tmp_path / "run"
-    with jax.set_mesh(built.mesh):
-        loop.run(tiny.run(built, workdir, steps=1))
-        with Checkpoints(workdir) as checkpoints:
-            begun = checkpoints.meta()["header"]["start"]
+    with jax.set_mesh(built.mesh), Checkpoints(tmp_path / "run") as checkpoints:
+        job = tiny.run(built, tmp_path / "run")
+        state, step, header = resume.begin(checkpoints, job)
+        assert (step, header["start"]) == (0, EXACT | {"folder": str(folder)})
+        checkpoints.save(state._replace(step=state.step + 1), {"header": header})
+        checkpoints.wait()
         shutil.rmtree(folder)
-        loop.run(tiny.run(built, workdir, steps=2))
-        with Checkpoints(workdir) as checkpoints:
-            assert checkpoints.meta()["header"]["start"] == begun
-    assert begun == {"folder": str(folder), "step": 2} | {
-        part: {"count": 0, "some": []} for part in ("missing", "unused")
-    }
-    lines = (workdir / "metrics.jsonl").read_text().splitlines()
-    headers = [row["header"] for row in map(json.loads, lines) if "header" in row]
-    assert [header["start"] for header in headers] == [begun, begun]
+        again, step, header = resume.begin(checkpoints, job)
+    assert (step, header["start"]) == (1, EXACT | {"folder": str(folder)})
+    np.testing.assert_array_equal(again.params["tokens"], state.params["tokens"])
 
 
 @pytest.mark.parametrize(
