@@ -81,7 +81,7 @@ def backward(
     kinds = blocks.kinds(T, C, L, S, q_segments, kv_segments, options)
     partial = not isinstance(kinds, np.ndarray) or bool((kinds == blocks.SOME).any())
     adds = not (config.deterministic or tiles.interpreting())
-    inputs = dict(q=_widen(q, D), k=_widen(k, D), v=_widen(v, D), do=_widen(do, D))
+    inputs = {n: tiles.pad(x, D) for n, x in (("q", q), ("k", k), ("v", v), ("do", do))}
     rows = -(-L // T) * T
     inputs |= dict(rows=_rows(o, lse, do, dlse, rows), numbers=np.arange(ROWS, dtype=np.int32))
     inputs |= dict(zip(("order", "counts"), visits(kinds), strict=True))
@@ -95,7 +95,7 @@ def backward(
     plan = Plan(*sizes, config.stages, adds, partial, *has)
     dk, dv = _kernel(plan, tuple(inputs), q.dtype, options)(*inputs.values(), dq)
     dq = dq[...].sum(0)[:, :, :L, :K] * options.scale
-    return dq.swapaxes(1, 2).astype(q.dtype), dk[..., :K], dv[..., :V]
+    return dq.swapaxes(1, 2).astype(q.dtype), dk[:, :S, :, :K], dv[:, :S, :, :V]
 
 
 def visits(kinds):
@@ -146,10 +146,6 @@ def _rows(o, lse, do, dlse, rows: int):
     return jnp.stack(both).transpose(1, 3, 0, 2)
 
 
-def _widen(x, D: int):
-    return x if x.shape[3] == D else jnp.pad(x, ((0, 0), (0, 0), (0, 0), (0, D - x.shape[3])))
-
-
 def _kernel(plan: Plan, inputs: tuple[str, ...], dtype, options: Options):
     form = _form(plan, dtype)
     names = (*inputs, "dq", "dk", "dv")
@@ -160,7 +156,7 @@ def _kernel(plan: Plan, inputs: tuple[str, ...], dtype, options: Options):
         pl.when(wg == CONSUMERS)(tile.produce)
         pl.when(wg < CONSUMERS)(tile.consume)
 
-    like = jax.ShapeDtypeStruct((plan.B, plan.S, plan.G, plan.D), dtype)
+    like = jax.ShapeDtypeStruct((plan.B, -(-plan.S // 8) * 8, plan.G, plan.D), dtype)
     return plgpu.kernel(
         body,
         out_type=[like, like],

@@ -43,12 +43,12 @@ def forward(q, k, v, q_segments, kv_segments, options: Options, config):
         lists = gpu_order.listed(T, C, L, S, q_segments, kv_segments, options)
         lengthen = gpu_tiles.lengthen
         segments = lengthen(q_segments, T), lengthen(kv_segments, C), lists
-    q, k, v = map(gpu_tiles.pad_heads, (q, k, v))
+    q, k, v = map(gpu_tiles.pad, (q, k, v))
     sizes = (L, S, H // G, q.shape[3], v.shape[3], T, C)
     shape = Shape(*sizes, config.stages, config.turns, config.share, q.dtype)
     _check(shape)
     o, lse = _call(shape, options, work, bool(segments))(q, k, v, *segments)
-    return o[..., :V], jnp.swapaxes(lse[:, :, :L], 1, 2)
+    return o[:, :L, :, :V], jnp.swapaxes(lse[:, :, :L], 1, 2)
 
 
 def _check(shape: Shape):
@@ -69,7 +69,7 @@ def _check(shape: Shape):
 def _call(shape: Shape, options: Options, work: gpu_order.Work, segments: bool):
     cores = min(gpu_tiles.cores(), work.pieces)
     rows = work.blocks * shape.T
-    o = jax.ShapeDtypeStruct((work.B, shape.L, work.H, shape.V), shape.dtype)
+    o = jax.ShapeDtypeStruct((work.B, -(-shape.L // 8) * 8, work.H, shape.V), shape.dtype)
     lse = jax.ShapeDtypeStruct((work.B, work.H, rows), jnp.float32)
     return plgpu.kernel(
         functools.partial(_kernel, shape, options, work, cores),

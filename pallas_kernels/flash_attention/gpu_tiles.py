@@ -58,10 +58,13 @@ def cores() -> int:
     return (jax.devices()[0].core_count if device is None else device.num_cores) or 132
 
 
-def pad_heads(x):
-    """[B S G K] with zeros behind K, up to the 64 columns of a shared-memory tile."""
-    missing = -x.shape[3] % 64
-    return x if missing == 0 else jnp.pad(x, ((0, 0), (0, 0), (0, 0), (0, missing)))
+def pad(x, D: int | None = None):
+    """[B S G K] with zeros behind K, up to D or a multiple of 64, and S, up to a multiple of 8.
+
+    Shared memory's tiles of 8 rows and 64 columns are copied whole.
+    """
+    rows, columns = -x.shape[1] % 8, -x.shape[3] % 64 if D is None else D - x.shape[3]
+    return jnp.pad(x, ((0, 0), (0, rows), (0, 0), (0, columns))) if rows or columns else x
 
 
 def lengthen(segments, block: int):

@@ -94,8 +94,7 @@ def pad(x, axis: int, size: int):
 
 def _inputs(shape: Shape, arrays: Arrays) -> dict:
     """The kernel's arguments by name."""
-    own = (pad(gpu_tiles.pad_heads(x), 1, up(shape.L, 8)) for x in arrays[:3])
-    inputs = dict(zip("qkv", own, strict=True))
+    inputs = dict(zip("qkv", map(gpu_tiles.pad, arrays[:3]), strict=True))
     inputs["v"] = pad(inputs["v"], 3, shape.V)
     for name in "qk":
         if shape.mapped:

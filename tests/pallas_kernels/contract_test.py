@@ -13,9 +13,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.sharding import AbstractDevice, AbstractMesh
 
 import pallas_kernels
-from tests.pallas_kernels.interpreted import interpreted
+from tests.pallas_kernels.interpreted import KINDS, interpreted
 
 ROOM = pathlib.Path(pallas_kernels.__file__).parent
 OPS = sorted(path.parent.name for path in ROOM.glob("*/specs.py"))
@@ -92,6 +93,32 @@ def first_taken(spec, implementation):
         with contextlib.suppress(NotImplementedError):
             return dtype, evaluate(spec.call(implementation), spec, rounded(spec, dtype))
     raise AssertionError(f"{implementation} takes none of {', '.join(TOLERANCE)}")
+
+
+def lowered():
+    """(op, implementation, platform, spec) of kernels for a platform, on two specs."""
+    for case in runnable():
+        op, _, platform, spec = case.values
+        if platform and spec in module(op, "specs").tagged("interpreted")[:2]:
+            yield case
+
+
+@pytest.mark.parametrize(("op", "implementation", "platform", "spec"), list(lowered()))
+def test_kernels_lower_for_the_chip_at_any_length(op, implementation, platform, spec):
+    """An interpreter takes sizes that a chip's own lowering refuses."""
+    kind, cores = KINDS[platform]
+    device = AbstractDevice(device_kind=kind, num_cores=cores, platform=platform)
+    assert any(size % 8 for name, size in vars(spec).items() if name in "LS" and size)
+    arrays = {n: jax.ShapeDtypeStruct(*x) for n, x in spec.abstract(jnp.bfloat16).items()}
+
+    def both(arrays):
+        of = {n: arrays[n] for n in spec.differentiable}
+        out, pull = jax.vjp(lambda of: spec.call(implementation)(**arrays | of), of)
+        return out, pull(jax.tree.map(jnp.ones_like, out))
+
+    with jax.sharding.use_abstract_mesh(AbstractMesh((), (), abstract_device=device)):
+        name = {"gpu": "cuda"}.get(platform, platform)
+        assert jax.jit(both).trace(arrays).lower(lowering_platforms=(name,))
 
 
 @pytest.mark.parametrize("op", OPS)
