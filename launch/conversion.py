@@ -74,6 +74,9 @@ def plan(teacher: Mapping, folder: str, out: str, given: Mapping[str, object]) -
     folder, out: of the teacher and of the runs.  given: values of FLAGS. Raises UsageError: layers
     that are not there or cannot be converted.
     """
+    for name in ("width", "window", "lora", "transfer_steps", "steps"):
+        if given[name] is not None and given[name] < 1:
+            raise UsageError(f"--{name} is {given[name]} and must be at least 1")
     entries = entries_of(teacher["model"])
     layers = chosen(given["layers"], entries, teacher["model"])
     model = converted(teacher["model"], entries, layers, given)

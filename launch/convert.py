@@ -64,7 +64,7 @@ def _check(parsed: flags.Parsed) -> None:
             "--config.KEY=VALUE"
         )
     for name, meaning in (("workdir", "of the teacher's run"), ("out", "of the student's runs")):
-        if getattr(given, name) is None:
+        if not getattr(given, name):
             raise UsageError(f"give --{name} FOLDER, the folder {meaning}")
     refuse_decided(parsed.overrides)
 

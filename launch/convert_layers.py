@@ -37,6 +37,13 @@ def chosen(text: str, entries: Sequence[str], model: Mapping) -> tuple[int, ...]
             "the model sees later tokens (model.causal is false), which Hedgehog cannot; convert a "
             "causal one"
         )
+    for i, entry in enumerate(entries):
+        mixer, own = mixer_of(entry, model)
+        if mixer == STUDENT or own.get("learned"):
+            raise UsageError(
+                f"layer {i} is {mixer} with learned feature maps, which would be taught once more; "
+                "convert all layers that are to be Hedgehog at once, from the model without"
+            )
     softmax = [i for i, entry in enumerate(entries) if mixer_of(entry, model)[0] == TAUGHT]
     halves = {"all": softmax, "even": [i for i in softmax if i % 2 == 0]}
     halves["odd"] = [i for i in softmax if i % 2]
@@ -46,6 +53,8 @@ def chosen(text: str, entries: Sequence[str], model: Mapping) -> tuple[int, ...]
             f"layer {others[0]} is {mixer_of(entries[others[0]], model)[0]} and not {TAUGHT}; "
             f"layers of {TAUGHT} are {', '.join(map(str, softmax)) or 'not there'}"
         )
+    if not softmax:
+        raise UsageError(f"the model has no layer of {TAUGHT}, so there is nothing to convert")
     if not layers:
         raise UsageError(
             f"--layers {text} names none of the model's {len(softmax)} layers of {TAUGHT}"
@@ -64,11 +73,14 @@ def _numbers(text: str, count: int) -> list[int]:
             raise UsageError(
                 f"--layers {text} is not understood; give all, even, odd, or numbers as in 0,2,4-7"
             )
-        found |= set(range(int(first), int(last if dash else first) + 1))
-    if beyond := sorted(n for n in found if n >= count):
-        raise UsageError(
-            f"--layers names layer {beyond[0]}, and the model's {count} are 0 to {count - 1}"
-        )
+        ends = int(first), int(last if dash else first)
+        if ends[0] > ends[1]:
+            raise UsageError(f"--layers {part.strip()} runs backwards; give {ends[1]}-{ends[0]}")
+        if ends[1] >= count:
+            raise UsageError(
+                f"--layers names layer {ends[1]}, and the model's {count} are 0 to {count - 1}"
+            )
+        found |= set(range(ends[0], ends[1] + 1))
     return sorted(found)
 
 

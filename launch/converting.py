@@ -75,6 +75,8 @@ def convert(given: Mapping, overrides: Mapping[str, str], again: str) -> str:
     teacher, out = pathlib.Path(given["workdir"]), pathlib.Path(given["out"])
     if out.resolve() == teacher.resolve():
         raise ValueError(f"--out {out} is the teacher's own folder; choose another")
+    if any((out / name).exists() for name in ("checkpoints", "metrics.jsonl")):
+        raise ValueError(f"--out {out} is the folder of a training run; choose another")
     with Checkpoints(teacher, trust=given["trust"]) as checkpoints:
         header = checkpoints.meta()["header"]
     plan, stages = _stages(start.tuples(header["config"]), given, overrides)

@@ -1,5 +1,6 @@
 """How far a mixer's weights are from those of softmax attention, for learning by imitation."""
 
+import math
 from collections.abc import Callable
 
 import jax
@@ -11,10 +12,12 @@ from pallas_kernels.linear_attention.features import dot
 from parallel.rules import constrain, spec
 
 CHUNK = 128  # queries at a time: the weights of a whole row are never held
-SMALLEST = 1e-12  # of weights whose logarithm is taken
+SMALLEST = 1e-12  # of weights that sum to one, whose logarithm is taken
+TINY = 1e-30  # of weights and sums before that: float32 has a logarithm and its inverse for it
+FLOOR = -1e30  # scores of keys that are not seen
 
 # student(s, distance, rows) -> unnormalised weights [B G R i j] of the queries in `rows`, from the
-# teacher's scores s [B G R i j] and how far back each key is [i j].
+# teacher's scores s [B G R i j], FLOOR where a key is not seen, and how far back each is [i j].
 Student = Callable[[Array, Array, slice], Array]
 
 
@@ -30,7 +33,9 @@ def cross_entropy(q, k, student: Student, ctx: Context) -> tuple[Array, Array]:
     @jax.checkpoint
     def chunk(start):
         t, a = _both(q, k, student, ctx.segment_ids, start, C)
-        log_a = jnp.log(jnp.maximum(a, SMALLEST)) - jnp.log(jnp.sum(a, -1, keepdims=True))
+        log = lambda x: jnp.log(jnp.maximum(x, TINY))
+        log_a = log(a) - log(jnp.sum(a, -1, keepdims=True))
+        log_a = jnp.maximum(log_a, math.log(SMALLEST))
         mean = lambda x: -jnp.einsum("bgrij->bi", x) / H
         return mean(t * log_a), mean(t * jnp.log(jnp.where(t > 0, t, 1.0)))
 
@@ -48,7 +53,7 @@ def weights(
     t, a = _both(_grouped(q, k), k, student, segments, 0, L)
     layout = spec("batch", "heads", None, None)
     flat = lambda x: x.reshape(B, H, L, L, out_sharding=layout)
-    return flat(t), flat(a / jnp.sum(a, -1, keepdims=True))
+    return flat(t), flat(a / jnp.maximum(jnp.sum(a, -1, keepdims=True), TINY))
 
 
 def _grouped(q, k) -> Float[Array, "B L G R K"]:
@@ -66,7 +71,8 @@ def _both(q, k, student: Student, segments, start, C: int) -> tuple[Array, Array
     distance = start + jnp.arange(C)[:, None] - jnp.arange(k.shape[1])[None]
     same = rows(segments)[:, :, None] == segments[:, None]
     seen = (same & (distance >= 0)[None])[:, None, None]
-    t = jax.nn.softmax(jnp.where(seen, s, -jnp.inf), -1)
+    s = jnp.where(seen, s, FLOOR)
+    t = jnp.where(seen, jax.nn.softmax(s, -1), 0.0)
     return t, jnp.where(seen, student(s, distance, rows), 0.0)
 
 

@@ -36,6 +36,8 @@ class Mixer(LinearMixer):
         qk_norm: bool = False,
         implementation: str | None = None,
     ):
+        if feature_dim < 1:
+            raise ValueError(f"feature_dim is {feature_dim} and must be at least 1")
         usual = Heads.of(dims, heads, kv_heads, head_dim)
         sizes = Heads(usual.H, usual.G, feature_dim, usual.V)
         scaling = (rope_base, "none", 1.0, 0) if rope else None

@@ -27,6 +27,7 @@ from models.context import Context, over_tokens
 from models.param import Dims, param
 from models.projections import Heads
 from models.recurrent import LinearMixer
+from pallas_kernels import dispatch
 from pallas_kernels.flash_attention import flash_attention
 from pallas_kernels.linear_attention import State, features, linear_attention
 from parallel.rules import spec
@@ -72,12 +73,15 @@ class Mixer(LinearMixer):
     ):
         if form not in FORMS:
             raise ValueError(f"form {form!r} of Hedgehog is unknown; known: {', '.join(FORMS)}")
+        if width is not None and width < 1:
+            raise ValueError(f"width of the maps is {width} and must be at least 1")
         if window is not None and window < 1:
             raise ValueError(f"window counts tokens, one's own included: {window} is less than 1")
         sizes = Heads.of(dims, heads, kv_heads, head_dim)
         scaling = (rope_base, rope_scaling, rope_factor, rope_original_length) if rope else None
         super().__init__(dims, sizes, rngs=rngs, scaling=scaling, qk_norm=qk_norm, bias=bias)
-        self.form, self.f, self.implementation = FORMS[form], width or sizes.K, implementation
+        self.form, self.f = FORMS[form], sizes.K if width is None else width
+        self.implementation = implementation
         self.window, shared = window, form == "fla"
         if window is not None:
             self.context = "none"  # its blocks need their neighbours
@@ -115,7 +119,13 @@ class Mixer(LinearMixer):
         asked = {"attention_transfer", "output_transfer", "attention_weights"} & set(ctx.taps)
         if not asked:
             return self.write(self.attend(q, k, v, ctx)[0], ctx), {}
-        # Each layer learns from what the teacher's layers before it give (teacher forcing).
+        if dispatch.split(q, 1):
+            raise ValueError(
+                "softmax attention, to be imitated, needs whole rows: set mesh.context to 1"
+            )
+        # Each layer learns from what the teacher's layers before it give (teacher forcing), whose
+        # queries and keys are not to bend.
+        q, k, v = map(jax.lax.stop_gradient, (q, k, v))
         rows = dict(q_segments=ctx.segment_ids, kv_segments=ctx.segment_ids)
         taught = flash_attention(q, k, v, **rows)
         aux = {}
@@ -133,6 +143,11 @@ class Mixer(LinearMixer):
     def attend(self, q, k, v, ctx: Context, state: State | None = None) -> tuple[Array, State]:
         if self.window is None:
             return super().attend(q, k, v, ctx, state)
+        if dispatch.split(q, 1):
+            raise ValueError(
+                "a window needs whole rows: set mesh.context to 1, or model.mixers.hedgehog.window "
+                "to none"
+            )
         segments, w = ctx.segment_ids, min(self.window, q.shape[1])
         late = lambda x: jnp.pad(x, [(0, 0), (w, 0)] + [(0, 0)] * (x.ndim - 2))[:, : q.shape[1]]
         # What leaves the window where the row has ended has not left it.
@@ -170,7 +185,7 @@ class Mixer(LinearMixer):
             if self.window is None:
                 return far
             inside = ((distance >= 0) & (distance < self.window))[None, None, None]
-            peak = jnp.max(jnp.where(inside, s, band.FLOOR), -1, keepdims=True)
+            peak = jnp.max(jnp.where(inside, s, transfer.FLOOR), -1, keepdims=True)
             g = jax.nn.sigmoid(self.mix[...]).reshape(
                 1, G, H // G, 1, 1, out_sharding=spec(None, "heads", None, None, None)
             )

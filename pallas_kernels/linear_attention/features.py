@@ -12,6 +12,9 @@ With z = x W + b (x itself without W), of width f:
             multiply to 1 + s + s^2 / 2 with s = z_q . z_k / sqrt f (Based, arXiv 2402.18668)
 
 The three forms of Hedgehog are different models: normalising a key's features weighs that key.
+Deviation: LoLCATs' code bounds every feature by 1e-12 from below. Here none is bounded, and where
+softmax or joint have no feature in common with any key seen, the sum of weights may be as small as
+the eps of the denominator, and the output nearer to 0 than a mean of values.
 """
 
 import jax

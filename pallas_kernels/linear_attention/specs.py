@@ -22,7 +22,7 @@ class Spec:
     """One call of `linear_attention`; letters as there.
 
     f: width of the maps, 0 for none. documents: segments a row, 0 for none. lag: tokens that keys
-    come later. state: whether one is given.
+    come later. state: whether one is given. holes: whether padding lies inside documents too.
     """
 
     name: str
@@ -39,6 +39,7 @@ class Spec:
     documents: int = 0
     lag: int = 0
     state: bool = False
+    holes: bool = False
 
     @property
     def F(self) -> int:
@@ -83,6 +84,8 @@ class Spec:
                 arrays[name] = np.abs(arrays[name])
         if self.documents:
             q = np.stack([_packed(rng, self.L, self.documents) for _ in range(self.B)])
+            if self.holes:
+                q = np.where(rng.random(q.shape) < 0.25, 0, q).astype(np.int32)
             kv = np.pad(q, ((0, 0), (self.lag, 0)))[:, : self.L]
             arrays |= {"q_segments": q, "kv_segments": kv}
         if self.state:  # of the first document in some rows, and of another before it in others
@@ -146,6 +149,7 @@ SPECS = (
     Spec("grouped", "ci interpreted", B=2, L=97, H=6, K=8, G=2, f=8, documents=3),
     Spec("one_head", "ci", B=1, L=80, H=3, K=8, G=1, f=4, V=16),
     Spec("packed", "ci interpreted", B=3, L=200, H=2, K=8, f=8, documents=5),
+    Spec("holes", "ci interpreted", B=1, L=140, H=2, K=8, features="elu", documents=3, holes=True),
     Spec("lagging", "ci", B=2, L=140, H=2, K=8, f=8, documents=3, lag=20),
     Spec("going_on", "ci interpreted", B=2, L=129, H=2, K=8, f=8, state=True),
     Spec(

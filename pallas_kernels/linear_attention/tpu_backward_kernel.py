@@ -152,7 +152,9 @@ class Chunk:
             self.rows = _rows(plan, refs, self.c)
             k = refs.k[self.at]
             self.z = _project(plan, k, refs.k_map, refs.k_bias)
-            self.exact = tpu_tiles.features(plan.form, self.z, plan.f)
+            # Padding inside a document lies between keys that are seen.
+            exact = tpu_tiles.features(plan.form, self.z, plan.f)
+            self.exact = _masked(exact, self.rows, tpu_tiles.REAL)
             self.phi = self.exact.astype(k.dtype)
             self.keys = _turned(self.phi)[:, : plan.F]
         q = refs.q[r, self.at]
@@ -209,7 +211,8 @@ class Chunk:
         if r < plan.R - 1:
             return
         refs.dv[self.at] = self.dv.astype(refs.dv.dtype)
-        dz = tpu_tiles.features_back(plan.form, self.z, self.exact, self.dphi, plan.f)
+        dphi = _masked(self.dphi, self.rows, tpu_tiles.REAL)
+        dz = tpu_tiles.features_back(plan.form, self.z, self.exact, dphi, plan.f)
         k = refs.k[self.at]
         dk = _unproject(dz, k, refs.k_map, refs.dk_map, refs.dk_bias)
         refs.dk[self.at] = dk.astype(refs.dk.dtype)

@@ -12,13 +12,17 @@ GIVEN = {name: key.default for name, key in FLAGS.items()}
 
 
 def layers(pattern="aaaa", prefix="", suffix="", **attention):
-    """A teacher's config of layers a (attention), g (the same with another ffn) and b (another)."""
-    entries = {"a": "attention", "g": "gated", "b": "based"}
+    """A teacher's config of layers a (attention), g (the same with another ffn), b (another).
+
+    h and t have learned maps already.
+    """
+    entries = {"a": "attention", "g": "gated", "b": "based", "h": "hedgehog", "t": "t2r"}
     spelled = lambda text: tuple(entries[letter] for letter in text)
     own = {"heads": 4, "kv_heads": 2, "rope": False, "window": None, "softcap": None, **attention}
     model = dict(prefix=spelled(prefix), pattern=spelled(pattern), suffix=spelled(suffix))
     model |= dict(layers=len(prefix + pattern + suffix), causal=True, ffn="swiglu", dropout=0.1)
     blocks = {"gated": {"mixer": "attention", "ffn": "gelu", **own}}
+    blocks["t2r"] = {"mixer": "linear_attention", "learned": True}
     model |= {"mixers": {"attention": own}, "blocks": blocks}
     optim = {"name": "lamb", "lr": 0.5, "clip": None, "weight_decay": 0.2}
     optim |= {"methods": {"lamb": {"b1": 0.8}}, "schedule": "power", "warmup_tokens": 77}
@@ -87,7 +91,11 @@ def test_the_shortest_spelling_by_brute_force(n):
         (layers(), "1,,2", "--layers 1,,2 is not understood; give all, even"),
         (layers(), "3-", "--layers 3- is not understood"),
         (layers("ab"), "0-1", "layer 1 is based and not attention; layers of attention are 0"),
-        (layers("b"), "all", "--layers all names none of the model's 0 layers of attention"),
+        (layers("b"), "all", "the model has no layer of attention, so there is nothing"),
+        (layers(), "0-99999999999", "--layers names layer 99999999999, and the model's 4 are"),
+        (layers("ah"), "0", "layer 1 is hedgehog with learned feature maps, which would be taught"),
+        (layers("ta"), "1", "layer 0 is linear_attention with learned feature maps"),
+        (layers(), "2-1", "--layers 2-1 runs backwards; give 1-2"),
     ],
 )
 def test_what_cannot_be_converted(teacher, text, said):

@@ -191,7 +191,7 @@ def test_half_of_the_layers_with_lora(teacher, tmp_path, monkeypatch):
         (("--config=base", "--workdir=x", "--out=y"), "--config is the teacher's own"),
         (("--config.optim.lr=1", "--workdir=x", "--out=y"), "give --transfer_lr and --lr"),
         (("--form=relu",), "--form takes paper | lolcats | fla"),
-        (("--workdir=TEACHER", "--out=OUT", "--steps=0"), "tuned: steps is 0 and must be"),
+        (("--workdir=TEACHER", "--out=OUT", "--steps=0"), "--steps is 0 and must be at least 1"),
         (
             ("--workdir=TEACHER", "--out=OUT", "--config.data.size=1"),
             "transfer: --config.data.size",

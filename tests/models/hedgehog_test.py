@@ -145,13 +145,17 @@ def _last_query(mixer, q, k, v):
     return a @ v / a.sum()
 
 
-@pytest.mark.parametrize("chunk", [4, 8, 128])
-@pytest.mark.parametrize("window", [None, 3])
-def test_the_teacher_is_asked_by_its_weights(window, chunk, monkeypatch):
-    """The cross-entropy by its equation, at least the teacher's entropy, and its least."""
+@pytest.mark.parametrize(
+    ("window", "chunk", "size"), [(None, 4, 1), (3, 8, 1), (3, 128, 5), (None, 128, 20)]
+)
+def test_the_teacher_is_asked_by_its_weights(window, chunk, size, monkeypatch):
+    """The cross-entropy by its equation, at least the teacher's entropy, and its least.
+
+    Large scores too: a better key of another document hides none, and small weights have logs.
+    """
     monkeypatch.setattr(transfer, "CHUNK", chunk)
     mixer = build(window=window)
-    q, k, _ = rows()
+    q, k = (size * x for x in rows()[:2])
     segments = np.repeat([[1] * 8 + [2] * 11 + [0] * 2], B, 0)
     ctx = context(segments)
     found, entropy = transfer.cross_entropy(q, k, mixer._weights(q, k), ctx)
@@ -160,13 +164,15 @@ def test_the_teacher_is_asked_by_its_weights(window, chunk, monkeypatch):
     seen = np.tril(np.ones((L, L), bool)) & (segments[:, :, None] == segments[:, None])
     t = softmax(np.where(seen[:, None], s, -np.inf))
     inside = (segments != 0)[:, None, :, None]
-    log = lambda x: np.log(np.where(x > 0, x, 1))
+    log = lambda x: np.log(np.maximum(x, 1e-12))
     total = lambda x: -np.sum(np.where(inside, t * x, 0)) / H
     np.testing.assert_allclose(found, total(log(a)), rtol=1e-5)
-    np.testing.assert_allclose(entropy, total(log(t)), rtol=1e-5)
+    # A weight near 1 has a logarithm of rounding.
+    np.testing.assert_allclose(entropy, total(log(t)), rtol=1e-5, atol=1e-6)
     assert found > entropy
-    taught, least = transfer.cross_entropy(q, k, lambda s, *_: jnp.exp(s), ctx)
-    np.testing.assert_allclose(taught, least, rtol=1e-5)
+    same = lambda s, *_: jnp.exp(s - jnp.max(s, -1, keepdims=True))
+    taught, least = transfer.cross_entropy(q, k, same, ctx)
+    np.testing.assert_allclose(taught, least, rtol=1e-5, atol=1e-6)
 
 
 def test_asked_to_imitate_it_gives_the_teachers_output_and_both_losses():
@@ -194,13 +200,14 @@ def test_only_maps_and_mix_learn_from_imitation():
     gradient = jax.jit(jax.grad(loss))(state)
     size = {path[0]: float(jnp.abs(g[...]).max()) for path, g in nnx.to_flat_state(gradient)}
     assert all(size[name] > 1e-3 for name in ("q_map", "k_map", "mix"))
-    assert size["out"] == 0
+    assert {name for name, most in size.items() if most} == {"q_map", "k_map", "mix"}
 
 
 @pytest.mark.parametrize(
     ("own", "match"),
     [
         ({"form": "taylor"}, "form 'taylor' of Hedgehog is unknown; known: paper, lolcats, fla"),
+        ({"width": 0}, "width of the maps is 0 and must be at least 1"),
         ({"window": 0}, "window counts tokens, one's own included: 0 is less than 1"),
     ],
 )

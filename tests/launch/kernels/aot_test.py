@@ -11,11 +11,13 @@ import pytest
 from launch.kernels import rows, table
 from launch.kernels.__main__ import RECORD, recorded
 
-# One spec on every kind of chip, and on two of them those with a window, grouped heads and sinks.
+# A spec of each op on several kinds of chip, and on two what masks, groups or packs.
 CHIPS = {
-    "llama-7b-8k": ("v5e", "v5p", "v6e", "tpu7x", "h200"),
-    "mistral-7b-16k": ("v5p", "h200"),
-    "gpt-oss-local": ("v5p", "h200"),
+    ("flash_attention", "llama-7b-8k"): ("v5e", "v5p", "v6e", "tpu7x", "h200"),
+    ("flash_attention", "mistral-7b-16k"): ("v5p", "h200"),
+    ("flash_attention", "gpt-oss-local"): ("v5p", "h200"),
+    ("linear_attention", "llama-7b-4k"): ("v5p", "v6e", "h200"),
+    ("linear_attention", "llama-7b-16k-packed"): ("v5p", "h200"),
 }
 WITHIN = 0.02  # of predicted times and sizes: what a compiler's tie-breaking may change
 
@@ -23,7 +25,7 @@ WITHIN = 0.02  # of predicted times and sizes: what a compiler's tie-breaking ma
 def chosen():
     own = [case for case in recorded() if case.implementation.startswith("pallas_")]
     for case in own:
-        if case.target.name in CHIPS.get(case.spec.name, ()):
+        if case.target.name in CHIPS.get((case.op, case.spec.name), ()):
             yield pytest.param(case, id=case.key.replace(" ", "-"))
 
 
