@@ -101,12 +101,8 @@ def _notes(summary: Mapping) -> list[str]:
 
 def _shares(summary: Mapping) -> Iterator[str]:
     """How far each arm comes on the way from the baseline to the arm `toward`."""
-    base, goal, arms = (
-        summary["declared"]["baseline"],
-        summary["declared"]["toward"],
-        summary["arms"],
-    )
-    means = {arm: x["spread"]["mean"] for arm, x in arms.items() if x["spread"]}
+    base, goal = (summary["declared"][name] for name in ("baseline", "toward"))
+    means = {arm: x["spread"]["mean"] for arm, x in summary["arms"].items() if x["spread"]}
     if goal is None or not {base, goal} <= set(means) or means[base] == means[goal]:
         return
     way = means[goal] - means[base]

@@ -50,9 +50,12 @@ def differences(study: Study) -> list[str]:
 
 def _work(study: Study) -> list[str]:
     """FLOPs a token that lie further apart than the rule allows."""
-    known = {n: flops_per_token(r) for n, r in study.records.items() if flops_per_token(r)}
-    least, most = min(known, key=known.get, default=None), max(known, key=known.get, default=None)
-    if not known or known[most] <= known[least] * (1 + study.rule.flops):
+    each = {name: flops_per_token(record) for name, record in study.records.items()}
+    known = {name: flops for name, flops in each.items() if flops}
+    if not known:
+        return []
+    least, most = min(known, key=known.get), max(known, key=known.get)
+    if known[most] <= known[least] * (1 + study.rule.flops):
         return []
     told = f"{known[least]:,.0f} in {least}; {known[most]:,.0f} in {most}"
     return [f"FLOPs a token differ: {told}"]

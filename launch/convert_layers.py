@@ -4,6 +4,7 @@ import itertools
 from collections.abc import Mapping, Sequence
 
 from launch.schema import UsageError
+from models.layering import Layering
 
 TAUGHT, STUDENT = "attention", "hedgehog"
 # What attention may have and Hedgehog cannot, with the value that means that it is not there.
@@ -17,8 +18,7 @@ CARRIED = (
 def entries_of(model: Mapping) -> list[str]:
     """The entry of every layer, first to last."""
     prefix, pattern, suffix = (list(model[key]) for key in ("prefix", "pattern", "suffix"))
-    periods = (model["layers"] - len(prefix) - len(suffix)) // len(pattern)
-    return prefix + pattern * periods + suffix
+    return prefix + pattern * Layering.of(model).periods + suffix
 
 
 def mixer_of(entry: str, model: Mapping) -> tuple[str, Mapping]:

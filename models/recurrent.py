@@ -37,11 +37,15 @@ class LinearMixer(Projections):
 
     def attend(self, q, k, v, ctx: Context, state: State | None = None) -> tuple[Array, State]:
         """o [B L H V] and the state after the row, of tokens that go on from `state`'s."""
-        rows = dict(q_segments=ctx.segment_ids, kv_segments=ctx.segment_ids)
+        o, _, state = self.weigh(q, k, v, ctx.segment_ids, ctx.segment_ids, state)
+        return o, state
+
+    def weigh(self, q, k, v, q_segments, kv_segments, state: State | None = None):
+        """o [B L H V], total [B L H] and the state after, as `linear_attention` gives them."""
+        rows = dict(q_segments=q_segments, kv_segments=kv_segments, state=state)
         own = dict(features=self.form, implementation=self.implementation)
         run = prefix.linear(linear_attention, state_of, merge)
-        o, _, state = run(q, k, v, **self.maps(), **rows, **own, state=state)
-        return o, state
+        return run(q, k, v, **self.maps(), **rows, **own)
 
     def masked_flops(self, length: int) -> float:
         """Forward FLOPs a token of the reference beyond those of the recurrent form.

@@ -28,7 +28,7 @@ def cross_entropy(q, k, student: Student, ctx: Context) -> tuple[Array, Array]:
     one over the same keys. Means over heads. q [B L H K], k [B L G K].
     """
     L, H = q.shape[1:3]
-    C, q = min(CHUNK, L), _grouped(q, k)
+    C, q = min(CHUNK, L), grouped(q, k)
 
     @jax.checkpoint
     def chunk(start):
@@ -50,13 +50,14 @@ def weights(
 ) -> tuple[Float[Array, "B H L L"], Float[Array, "B H L L"]]:
     """t and a of `cross_entropy`, each query's summing to one, of rows short enough to be held."""
     B, L, H, _ = q.shape
-    t, a = _both(_grouped(q, k), k, student, segments, 0, L)
+    t, a = _both(grouped(q, k), k, student, segments, 0, L)
     layout = spec("batch", "heads", None, None)
     flat = lambda x: x.reshape(B, H, L, L, out_sharding=layout)
     return flat(t), flat(a / jnp.maximum(jnp.sum(a, -1, keepdims=True), TINY))
 
 
-def _grouped(q, k) -> Float[Array, "B L G R K"]:
+def grouped(q, k) -> Float[Array, "B L G R K"]:
+    """Query heads by the key head that they share."""
     (B, L, H, K), G = q.shape, k.shape[2]
     layout = spec("batch", None, "heads", None, None)
     return q.reshape(B, L, G, H // G, K, out_sharding=layout)

@@ -115,6 +115,28 @@ def like(args: Any, results: Any) -> Any:
     return jax.tree.map(mark, results)
 
 
+def place(x, *entries):
+    """x with its first dimensions split like this and the others whole; None stays."""
+    if x is None:
+        return x
+    wanted = PartitionSpec(*entries, *[None] * (x.ndim - len(entries)))
+    return x if spec(x) == wanted else jax.reshard(x, wanted)
+
+
+def check_heads(q, k, v):
+    """Raises ValueError where q, k, v `[B L H K]` have batch or heads split in different ways."""
+    for name, x in (("k", k), ("v", v)):
+        batch, heads = split(x, 0), split(x, 2)
+        # One key head may be whole on every device: all query heads read it.
+        shared = x.shape[2] == 1 and not heads and split(k, 2) == split(v, 2)
+        if batch != split(q, 0) or not (shared or heads == split(q, 2)):
+            raise ValueError(
+                f"q {q.shape} is split like {spec(q)}, but {name} {x.shape} like "
+                f"{spec(x)}: split batch and heads alike; where a mesh axis does not "
+                f"divide the key heads, repeat them until it does."
+            )
+
+
 def local(fn: Callable, *, follow: Any, whole: Mapping[int, Mapping[int, str]] | None = None):
     """Runs `fn` on the shards of its arguments; without Explicit mesh axes, on the arguments.
 

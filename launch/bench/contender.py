@@ -12,6 +12,7 @@ The backward pass alone is timed: what it needs of the forward pass is kept befo
 """
 
 import dataclasses
+import importlib
 import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -29,6 +30,14 @@ ALLOWED = {"forward": 2.0, "backward": 4.0, "both": 4.0}
 
 class Declined(Exception):
     """One sentence: why a contender does not take part."""
+
+
+def imported(name: str):
+    """A contender's package. Raises Declined where it is not installed."""
+    try:
+        return importlib.import_module(name)
+    except ImportError as error:
+        raise Declined(f"{error.name or name} is not installed") from None
 
 
 @dataclasses.dataclass(frozen=True)

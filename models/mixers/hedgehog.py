@@ -29,7 +29,7 @@ from models.projections import Heads
 from models.recurrent import LinearMixer
 from pallas_kernels import dispatch
 from pallas_kernels.flash_attention import flash_attention
-from pallas_kernels.linear_attention import State, features, linear_attention
+from pallas_kernels.linear_attention import State, features
 from parallel.rules import spec
 
 FORMS = {"paper": "exp", "lolcats": "softmax", "fla": "joint"}
@@ -152,16 +152,9 @@ class Mixer(LinearMixer):
         late = lambda x: jnp.pad(x, [(0, 0), (w, 0)] + [(0, 0)] * (x.ndim - 2))[:, : q.shape[1]]
         # What leaves the window where the row has ended has not left it.
         left = jnp.where(ctx.valid, late(segments), 0)
-        if self.window >= q.shape[1]:
-            left = jnp.zeros_like(left)
-        far = self._far(q, late(k), late(v), segments, left, None)
+        far = self.weigh(q, late(k), late(v), segments, left)
         near = band.terms(q, k, v, segments, self.window)
         return self._join(near, *far[:2]).astype(q.dtype), far[2]
-
-    def _far(self, q, k, v, q_segments, kv_segments, state):
-        own = dict(features=self.form, implementation=self.implementation, state=state)
-        rows = dict(q_segments=q_segments, kv_segments=kv_segments)
-        return linear_attention(q, k, v, **self.maps(), **rows, **own)
 
     def _join(self, near: band.Terms, o, total):
         num, weight = near
@@ -175,10 +168,9 @@ class Mixer(LinearMixer):
         phi = lambda x, name: features.of(
             self.form, features.project(x, maps[f"{name}_map"], maps.get(f"{name}_bias"))
         )
-        (B, L, H, _), G = q.shape, k.shape[2]
-        phi_q, phi_k = phi(q, "q"), phi(k, "k")
-        layout = spec("batch", None, "heads", None, None)
-        phi_q = phi_q.reshape(B, L, G, H // G, phi_q.shape[-1], out_sharding=layout)
+        G, R = k.shape[2], q.shape[2] // k.shape[2]
+        phi_k = phi(k, "k")
+        phi_q = transfer.grouped(phi(q, "q"), phi_k)
 
         def student(s, distance, rows):
             far = jnp.einsum("bigrf,bjgf->bgrij", rows(phi_q), phi_k)
@@ -187,7 +179,7 @@ class Mixer(LinearMixer):
             inside = ((distance >= 0) & (distance < self.window))[None, None, None]
             peak = jnp.max(jnp.where(inside, s, transfer.FLOOR), -1, keepdims=True)
             g = jax.nn.sigmoid(self.mix[...]).reshape(
-                1, G, H // G, 1, 1, out_sharding=spec(None, "heads", None, None, None)
+                1, G, R, 1, 1, out_sharding=spec(None, "heads", None, None, None)
             )
             return jnp.where(inside, g * jnp.exp(jnp.minimum(s - peak, 0.0)), far)
 
@@ -229,7 +221,7 @@ class Mixer(LinearMixer):
         T = slots["k"].shape[1]
         left = jnp.where((now >= T)[:, None], segments, 0)
         state = State(cache["values"], cache["keys"], segments[:, 0])
-        o, total, state = self._far(q, leaving["k"], leaving["v"], segments, left, state)
+        o, total, state = self.weigh(q, leaving["k"], leaving["v"], segments, left, state)
         slots = ring.put(slots, {"k": k, "v": v}, now)
         near = band.of_ring(q, slots, ring.held(now, T) >= 0)
         o = self._join(near, o, total).astype(q.dtype)

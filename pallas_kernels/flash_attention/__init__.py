@@ -92,7 +92,7 @@ def flash_attention(
     _check_shapes(q, k, v, q_segments, kv_segments, sinks)
     _check_options(window, first, softcap)
     _check_config(config, implementation)
-    _check_split(q, k, v)
+    dispatch.check_heads(q, k, v)
     if implementation is None and 0 in (*q.shape, *k.shape, *v.shape):
         implementation = "reference"  # nothing to compute, and no kernel has a grid for it
     batch, _, heads, _ = dispatch.spec(q)
@@ -198,19 +198,6 @@ def _check_config(config, implementation: str | None):
         raise ValueError(
             f"config {config} is for one of the implementations {', '.join(TUNED)}: name the one."
         )
-
-
-def _check_split(q, k, v):
-    for name, x in (("k", k), ("v", v)):
-        batch, heads = dispatch.split(x, 0), dispatch.split(x, 2)
-        # One key head may be whole on every device: all query heads read it.
-        shared = x.shape[2] == 1 and not heads and dispatch.split(k, 2) == dispatch.split(v, 2)
-        if batch != dispatch.split(q, 0) or not (shared or heads == dispatch.split(q, 2)):
-            raise ValueError(
-                f"q {q.shape} is split like {dispatch.spec(q)}, but {name} {x.shape} like "
-                f"{dispatch.spec(x)}: split batch and heads alike; where a mesh axis does not "
-                f"divide the key heads, repeat them until it does."
-            )
 
 
 def _split_first(x, axes):

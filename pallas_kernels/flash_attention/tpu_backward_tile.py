@@ -15,6 +15,7 @@ from jax.experimental import pallas as pl
 
 from pallas_kernels.flash_attention.reference import Options
 from pallas_kernels.flash_attention.tpu_tiles import LANES, LOG2E
+from pallas_kernels.products import NN, NT, dot
 
 
 @dataclasses.dataclass(frozen=True)
@@ -139,12 +140,6 @@ def _column(segments, key, keys: int):
     return jnp.broadcast_to(row, (LANES, keys)).T[:, :1]
 
 
-def _dot(a, b, contract: tuple[int, int]):
-    precision = jax.lax.Precision.HIGHEST if a.dtype == jnp.float32 else None
-    dims = ((contract[:1], contract[1:]), ((), ()))
-    return jax.lax.dot_general(a, b, dims, precision=precision, preferred_element_type=jnp.float32)
-
-
 def add(plan: Plan, refs: Refs, parts):
     """Adds to the gradients what parts (key, keys, row, rows, mask) of the scores give.
 
@@ -171,7 +166,7 @@ def _scores(plan: Plan, refs: Refs, key, keys: int, row: int, rows: int, mask):
         q, do, of_queries = refs.q_turned[:, at_rows], refs.do_turned[:, at_rows], (1, 0)
     else:
         q, do, of_queries = refs.q[0, at_rows, :], refs.do[0, at_rows, :], (1, 1)
-    s, slope = _dot(k, q, of_queries), None
+    s, slope = dot(k, q, of_queries), None
     if options.softcap is None:
         s = s * (options.scale * LOG2E)
     else:
@@ -179,7 +174,7 @@ def _scores(plan: Plan, refs: Refs, key, keys: int, row: int, rows: int, mask):
         s, slope = capped * (options.softcap * LOG2E), 1.0 - capped * capped
     s = s if mask is None else jnp.where(mask, s, -jnp.inf)
     p = jnp.exp2(s - lse)
-    ds = p * (_dot(v, do, of_queries) - delta)
+    ds = p * (dot(v, do, of_queries) - delta)
     ds = ds if slope is None else ds * slope
     return p.astype(v.dtype), ds.astype(k.dtype)
 
@@ -188,10 +183,10 @@ def _sums(plan: Plan, refs: Refs, key, keys: int, row: int, rows: int, p, ds):
     at_keys = pl.ds(pl.multiple_of(key, LANES), keys)
     at_rows = slice(row, row + rows)
     if plan.transposed:
-        refs.dv_sum[:, at_keys] += _dot(refs.do_turned[: plan.V, at_rows], p, (1, 1))
-        refs.dk_sum[:, at_keys] += _dot(refs.q_turned[: plan.K, at_rows], ds, (1, 1))
-        refs.dq_sum[:, at_rows] += _dot(refs.k_turned[: plan.K, at_keys], ds, (1, 0))
+        refs.dv_sum[:, at_keys] += dot(refs.do_turned[: plan.V, at_rows], p, NT)
+        refs.dk_sum[:, at_keys] += dot(refs.q_turned[: plan.K, at_rows], ds, NT)
+        refs.dq_sum[:, at_rows] += dot(refs.k_turned[: plan.K, at_keys], ds, NN)
     else:
-        refs.dv_sum[at_keys, :] += _dot(p, refs.do[0, at_rows, :], (1, 0))
-        refs.dk_sum[at_keys, :] += _dot(ds, refs.q[0, at_rows, :], (1, 0))
-        refs.dq_sum[at_rows, :] += _dot(ds, refs.k[0, at_keys, :], (0, 0))
+        refs.dv_sum[at_keys, :] += dot(p, refs.do[0, at_rows, :], NN)
+        refs.dk_sum[at_keys, :] += dot(ds, refs.q[0, at_rows, :], NN)
+        refs.dq_sum[at_rows, :] += dot(ds, refs.k[0, at_keys, :], (0, 0))

@@ -12,13 +12,12 @@ from jax.experimental.pallas import tpu as pltpu
 from pallas_kernels.flash_attention import tpu_tiles
 from pallas_kernels.flash_attention.reference import Options
 from pallas_kernels.flash_attention.tpu_tiles import FAR, LANES, LOG2E, MASKED, SKIP, START, WHOLE
+from pallas_kernels.products import NN, NT, dot
 
 # A row's maximum before it sees a key, and a score that is not seen: far enough below that its
 # exponential is 0. Both finite, so that no difference is NaN.
 LOWEST = -(2.0**120)
 UNSEEN = -(2.0**126)
-NT = (((1,), (1,)), ((), ()))
-NN = (((1,), (0,)), ((), ()))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -101,7 +100,7 @@ def _tile(shape: Shape, options: Options, segments, qkv, state, i, base, code: i
 
     def scores(r):
         rows, columns = pl.ds(r * D, D), keys(r)
-        s = _dot(q[rows], k[columns], NT)
+        s = dot(q[rows], k[columns], NT)
         place = i * shape.T + r * D + shape.S - shape.L, base * C + columns.start
         return _part(s, shape, options, segments, rows, columns, place, code)
 
@@ -164,7 +163,7 @@ def _add(state, rows, s, v, unit: float, fresh: bool):
     peak = jnp.maximum(LOWEST if fresh else top[rows], jnp.broadcast_to(peak, (s.shape[0], LANES)))
     p = jnp.exp2((s - _spread(peak, s.shape[1])) * (unit * LOG2E))
     added = jnp.broadcast_to(jnp.sum(p, 1, keepdims=True), peak.shape)
-    values = _dot(p.astype(v.dtype), v, NN)
+    values = dot(p.astype(v.dtype), v, NN)
     if not fresh:
         old = jnp.exp2((top[rows] - peak) * (unit * LOG2E))
         added = added + total[rows] * old
@@ -199,9 +198,3 @@ def _diagonal(x):
     """[128 128] with all lanes alike -> [1 128]: its diagonal."""
     i, j = (jax.lax.broadcasted_iota(jnp.int32, x.shape, d) for d in (0, 1))
     return jnp.sum(jnp.where(i == j, x, 0.0), 0, keepdims=True)
-
-
-def _dot(a, b, dims):
-    """A product with float32 sums; of float32 at full accuracy."""
-    precision = jax.lax.Precision.HIGHEST if a.dtype == jnp.float32 else None
-    return jax.lax.dot_general(a, b, dims, precision=precision, preferred_element_type=jnp.float32)

@@ -86,8 +86,10 @@ def linear_attention(
             f"config {config} is for one of the implementations {known}: name the one."
         )
     given = _with_rows(given, q_segments, kv_segments, state)
-    _check_split(given)
-    o, total, values, keys = _attend(Options(features, config), implementation, *_vary(given))
+    dispatch.check_heads(q, k, v)
+    o, total, values, keys = _attend(
+        Options(features, config), implementation, *dispatch.vary(*given)
+    )
     return o, total, State(values, keys, _last(given))
 
 
@@ -125,8 +127,8 @@ def _attend_bwd(options: Options, implementation: str | None, kept, cotangents):
             once = functools.reduce(jnp.logical_and, [jax.lax.axis_index(a) == 0 for a in shared])
             rest[-2:] = [jnp.where(once, x, 0) for x in rest[-2:]]
         found = dispatch.pick(choices, implementation, arrays, *rest, options)
-        wanted = [x for x in zip(found, arrays.differentiable, strict=True)]
-        found = [g if g is None else g.astype(x.dtype) for g, x in wanted]
+        pairs = zip(found, arrays.differentiable, strict=True)
+        found = [g if g is None else g.astype(x.dtype) for g, x in pairs]
         found = list(dispatch.like(args, found))
         summed = lambda x, axes: x if x is None or not axes else jax.lax.psum(x, axes)
         for i in (3, 4, 5, 6):
@@ -151,7 +153,7 @@ def _state_specs(k) -> tuple[PartitionSpec, PartitionSpec]:
 def _with_rows(given: Arrays, q_segments, kv_segments, state: State | None) -> Arrays:
     """The arguments with segments and state, laid out like q's batch and k's heads."""
     batch, _, heads, _ = dispatch.spec(given.k)
-    place = lambda x, *axes: _place(x, PartitionSpec(*axes))
+    place = dispatch.place
     maps = [place(x, dispatch.spec(given.q)[2]) for x in (given.q_map, given.q_bias)]
     key_maps = [place(x, heads) for x in (given.k_map, given.k_bias)]
     given = given._replace(q_map=maps[0], q_bias=maps[1], k_map=key_maps[0], k_bias=key_maps[1])
@@ -164,18 +166,6 @@ def _with_rows(given: Arrays, q_segments, kv_segments, state: State | None) -> A
     values, keys = (place(exact(x), batch, heads) for x in (state.values, state.keys))
     segment = place(state.segment.astype(jnp.int32), batch)
     return given._replace(values=values, keys=keys, segment=segment)
-
-
-def _place(x, spec: PartitionSpec):
-    """x laid out like this, missing entries None, where axes are Explicit; None stays."""
-    if x is None or not dispatch.spec(x):
-        return x
-    spec = PartitionSpec(*spec, *[None] * (x.ndim - len(spec)))
-    return x if dispatch.spec(x) == spec else jax.reshard(x, spec)
-
-
-def _vary(given: Arrays) -> tuple:
-    return dispatch.vary(*given)
 
 
 def _last(given: Arrays):
@@ -242,17 +232,3 @@ def _check_maps(given: Arrays, features: str) -> int:
             f"{given.k_bias.shape}."
         )
     return f
-
-
-def _check_split(given: Arrays):
-    q, k, v = given[:3]
-    for name, x in (("k", k), ("v", v)):
-        batch, heads = dispatch.split(x, 0), dispatch.split(x, 2)
-        # One key head may be whole on every device: all query heads read it.
-        shared = x.shape[2] == 1 and not heads and dispatch.split(k, 2) == dispatch.split(v, 2)
-        if batch != dispatch.split(q, 0) or not (shared or heads == dispatch.split(q, 2)):
-            raise ValueError(
-                f"q {q.shape} is split like {dispatch.spec(q)}, but {name} {x.shape} like "
-                f"{dispatch.spec(x)}: split batch and heads alike; where a mesh axis does not "
-                f"divide the key heads, repeat them until it does."
-            )

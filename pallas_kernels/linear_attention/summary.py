@@ -44,12 +44,12 @@ def state_of(
     _check(k, v, features, k_map, k_bias, kv_segments)
     batch, _, heads, _ = dispatch.spec(k)
     if kv_segments is None:
-        last, adds = _place(jnp.ones(k.shape[0], jnp.int32), batch), None
+        last, adds = dispatch.place(jnp.ones(k.shape[0], jnp.int32), batch), None
     else:
-        kv_segments = _place(kv_segments.astype(jnp.int32), batch)
+        kv_segments = dispatch.place(kv_segments.astype(jnp.int32), batch)
         last = held(kv_segments, jnp.zeros_like(kv_segments[:, 0]), k.shape[1])[:, -1]
         adds = (kv_segments == last[:, None]) & (kv_segments != 0)
-    weights = _place(k_map, heads), _place(k_bias, heads)
+    weights = dispatch.place(k_map, heads), dispatch.place(k_bias, heads)
     return State(*_sums(features, *dispatch.vary(k, v, *weights, adds)), last)
 
 
@@ -141,14 +141,6 @@ def _features(form: str, adds, *given):
     """[B C G F] in float32 or wider, 0 for keys that do not count."""
     phi = maps.of(form, maps.project(*given))
     return phi if adds is None else jnp.where(adds[:, :, None, None], phi, 0)
-
-
-def _place(x, entry):
-    """x with its first dimension split like this and the others whole; None stays."""
-    if x is None:
-        return x
-    spec = PartitionSpec(entry, *[None] * (x.ndim - 1))
-    return x if dispatch.spec(x) == spec else jax.reshard(x, spec)
 
 
 def _check(k, v, features: str, k_map, k_bias, kv_segments):

@@ -11,9 +11,9 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 
 from pallas_kernels.linear_attention import tpu_tiles
-from pallas_kernels.linear_attention.tpu_tiles import LANES, ROWS, whole
+from pallas_kernels.linear_attention.tpu_tiles import LANES, ROWS, folded, turned, whole
+from pallas_kernels.products import NN, NT, dot
 
-NN, NT = (((a,), (b,)) for a, b in ((1, 0), (1, 1)))  # what a product sums over
 AHEAD = 4  # chunks whose features are there before the current one's state
 
 
@@ -106,8 +106,8 @@ def states_kernel(plan: Plan, names, *refs):
         rows, v = _rows(plan, refs, c), refs.v[_tokens(plan, c)]
         phi = _masked(ready[c], rows, tpu_tiles.ADDS).astype(v.dtype)
         _keep(refs, rows)
-        refs.sum_values[...] += _dot(phi, v, NN)
-        refs.sum_keys[...] += _dot(jnp.ones((ROWS, plan.C), v.dtype), phi, NT)[:1]
+        refs.sum_values[...] += dot(phi, v, NN)
+        refs.sum_keys[...] += dot(jnp.ones((ROWS, plan.C), v.dtype), phi, NT)[:1]
 
 
 def _key_features(plan: Plan, refs: Refs, c: int):
@@ -156,7 +156,7 @@ class Chunk:
             exact = tpu_tiles.features(plan.form, self.z, plan.f)
             self.exact = _masked(exact, self.rows, tpu_tiles.REAL)
             self.phi = self.exact.astype(k.dtype)
-            self.keys = _turned(self.phi)[:, : plan.F]
+            self.keys = turned(self.phi)[:, : plan.F]
         q = refs.q[r, self.at]
         z = _project(plan, q, _of(refs.q_map, r), _of(refs.q_bias, r))
         exact = tpu_tiles.features(plan.form, z, plan.f)
@@ -168,8 +168,8 @@ class Chunk:
         v, g, e = refs.v[self.at], refs.g[r, self.at], refs.e[r, :, self.at]
         ends = self.rows[: tpu_tiles.LAST + 1] if self.rows else (None, None)
         seen = tpu_tiles.seen(*ends, plan.C)
-        a = jnp.where(seen, _dot(self.keys, self.own[r][2], NN), 0.0)
-        da = jnp.where(seen, _dot(v, g, NT) + e, 0.0)
+        a = jnp.where(seen, dot(self.keys, self.own[r][2], NN), 0.0)
+        da = jnp.where(seen, dot(v, g, NT) + e, 0.0)
         self.own[r] += a.astype(v.dtype), da.astype(v.dtype)
 
     def sums(self, r: int):
@@ -178,13 +178,13 @@ class Chunk:
         g, e, v = refs.g[r, self.at], refs.e[r, :, self.at], refs.v[self.at]
         if r == 0:
             self.start_keys(v)
-        self.dv += _dot(a, g, NN)
-        self.dphi += _dot(phi, da, NT)
-        used = _dot(refs.states[self.c], g, NT) + self.counts * e
-        dphi = _dot(self.phi, da, NN) + _masked(used, self.rows, tpu_tiles.USES)
-        refs.sum_values[...] += _dot(_masked(phi, self.rows, tpu_tiles.USES), g, NN)
+        self.dv += dot(a, g, NN)
+        self.dphi += dot(phi, da, NT)
+        used = dot(refs.states[self.c], g, NT) + self.counts * e
+        dphi = dot(self.phi, da, NN) + _masked(used, self.rows, tpu_tiles.USES)
+        refs.sum_values[...] += dot(_masked(phi, self.rows, tpu_tiles.USES), g, NN)
         e = _masked(e, self.rows, tpu_tiles.USES)
-        refs.sum_keys[...] += _folded(phi.astype(jnp.float32) * e)
+        refs.sum_keys[...] += folded(phi.astype(jnp.float32) * e)
         self.own[r] = z, exact, dphi
 
     def start_keys(self, v):
@@ -192,13 +192,13 @@ class Chunk:
         refs, width = self.refs, self.plan.C
         after = refs.sum_values[...].astype(v.dtype)
         each = jnp.sum(refs.sum_keys[...], 1, keepdims=True)
-        self.dphi = _masked(_dot(after, v, NT) + each, self.rows, tpu_tiles.ADDS)
+        self.dphi = _masked(dot(after, v, NT) + each, self.rows, tpu_tiles.ADDS)
         added = self.keys
         if self.rows:
-            added = _turned(_masked(self.phi, self.rows, tpu_tiles.ADDS))[:, : self.plan.F]
-        self.dv = _dot(added, after, NN)
+            added = turned(_masked(self.phi, self.rows, tpu_tiles.ADDS))[:, : self.plan.F]
+        self.dv = dot(added, after, NN)
         _keep(refs, self.rows)
-        column = _turned(jnp.broadcast_to(refs.counts[self.c], (LANES, self.plan.F)))
+        column = turned(jnp.broadcast_to(refs.counts[self.c], (LANES, self.plan.F)))
         self.counts = jnp.tile(column[: self.plan.F], (1, width // LANES))
 
     def finish(self, r: int):
@@ -255,41 +255,18 @@ def _of(ref, r: int):
 def _project(plan: Plan, x, weight, bias):
     """z [f, C] of x [C, K]."""
     if weight is None:
-        return _turned(x)[: whole(plan.f, ROWS)].astype(jnp.float32)
-    z = _dot(weight[...], x, NT)
+        return turned(x)[: whole(plan.f, ROWS)].astype(jnp.float32)
+    z = dot(weight[...], x, NT)
     return z if bias is None else z + jnp.tile(bias[...], (1, x.shape[0] // LANES))
 
 
 def _unproject(dz, x, weight, dweight, dbias):
     """The gradient of x [C, K] from that of z [f, C]; adds those of the map and the bias."""
     if dbias is not None:
-        dbias[...] += _folded(dz)
+        dbias[...] += folded(dz)
     dz = dz.astype(x.dtype)
-    back = _turned(dz)
+    back = turned(dz)
     if weight is None:
         return back[:, : x.shape[1]]
-    dweight[...] += _dot(dz, x, NN)
-    return _dot(back[:, : dz.shape[0]], weight[...], NN)
-
-
-def _folded(x):
-    """[N, C] -> [N, 128], sums of the lanes that stand above each other."""
-    return sum(x[:, i : i + LANES] for i in range(0, x.shape[1], LANES))
-
-
-def _turned(x):
-    """x [A B] as [B A], both filled up to whole tiles."""
-    A, B = x.shape
-    tall, wide = whole(A, LANES) - A, whole(B, LANES) - B
-    if wide:
-        x = jnp.concatenate([x, jnp.zeros((A, wide), x.dtype)], 1)
-    if tall:
-        x = jnp.concatenate([x, jnp.zeros((tall, B + wide), x.dtype)], 0)
-    return x.T
-
-
-def _dot(a, b, dims):
-    """A product with float32 sums; of float32 at full accuracy."""
-    precision = jax.lax.Precision.HIGHEST if a.dtype == jnp.float32 else None
-    dims = dims, ((), ())
-    return jax.lax.dot_general(a, b, dims, precision=precision, preferred_element_type=jnp.float32)
+    dweight[...] += dot(dz, x, NN)
+    return dot(back[:, : dz.shape[0]], weight[...], NN)

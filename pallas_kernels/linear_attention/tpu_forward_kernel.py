@@ -16,10 +16,9 @@ from jax.experimental import pallas as pl
 
 from pallas_kernels.linear_attention import tpu_forward_features, tpu_tiles
 from pallas_kernels.linear_attention.reference import EPS
-from pallas_kernels.linear_attention.tpu_tiles import LANES, ROWS, whole
+from pallas_kernels.linear_attention.tpu_tiles import LANES, ROWS, turned, whole
+from pallas_kernels.products import NN, NT, dot
 
-NT = (((1,), (1,)), ((), ()))
-NN = (((1,), (0,)), ((), ()))
 # The normaliser's sum fills the state's last tile: its rows from here on take the rounding error.
 REST = ROWS // 2
 
@@ -201,20 +200,3 @@ def _finish(shape: Shape, o, total, kept, i: int, pending: Pending):
         result = turned(num * tpu_tiles.inverse(sums))
         o[h * shape.R + r, at] = result[: shape.C, : shape.V].astype(o.dtype)
         total[h * shape.R + r, :, at] = sums
-
-
-def turned(x):
-    """x [A B] as [B A], both filled up to whole tiles."""
-    A, B = x.shape
-    tall, wide = whole(A, LANES) - A, whole(B, LANES) - B
-    if wide:
-        x = jnp.concatenate([x, jnp.zeros((A, wide), x.dtype)], 1)
-    if tall:
-        x = jnp.concatenate([x, jnp.zeros((tall, B + wide), x.dtype)], 0)
-    return x.T
-
-
-def dot(a, b, dims):
-    """A product with float32 sums; of float32 at full accuracy."""
-    precision = jax.lax.Precision.HIGHEST if a.dtype == jnp.float32 else None
-    return jax.lax.dot_general(a, b, dims, precision=precision, preferred_element_type=jnp.float32)

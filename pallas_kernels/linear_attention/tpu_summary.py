@@ -12,11 +12,10 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 from pallas_kernels.linear_attention import tpu_tiles
-from pallas_kernels.linear_attention.tpu_tiles import LANES, ROWS, whole
+from pallas_kernels.linear_attention.tpu_tiles import LANES, ROWS, folded, whole
+from pallas_kernels.products import NN, NT, dot
 
 TOKENS = 512  # a step of the grid
-NT = (((1,), (1,)), ((), ()))
-NN = (((1,), (0,)), ((), ()))
 
 
 def forward(form: str, k, v, k_map, k_bias, adds):
@@ -118,8 +117,8 @@ def _forward(*refs, form: str, names):
 
     _, phi = _features(form, given)
     phi = phi.astype(given["k"].dtype)
-    values[...] += _dot(phi, given["v"][...], NN)
-    keys[...] += _lanes(phi.astype(jnp.float32))
+    values[...] += dot(phi, given["v"][...], NN)
+    keys[...] += folded(phi.astype(jnp.float32))
 
 
 def _backward(*refs, form: str, names, outputs):
@@ -133,34 +132,23 @@ def _backward(*refs, form: str, names, outputs):
 
     k, dvalues = given["k"][...], given["dvalues"][...]
     z, phi = _features(form, given)
-    dphi = _dot(dvalues, given["v"][...], NT) + given["dkeys"][...]
+    dphi = dot(dvalues, given["v"][...], NT) + given["dkeys"][...]
     dphi = dphi * given["adds"][...] if "adds" in given else dphi
     dz = tpu_tiles.features_back(form, z, phi, dphi, z.shape[0])
-    out["v"][...] = _dot(phi.T.astype(k.dtype), dvalues, NN).astype(k.dtype)
+    out["v"][...] = dot(phi.T.astype(k.dtype), dvalues, NN).astype(k.dtype)
     if "k_map" not in given:
         out["k"][...] = dz.T.astype(k.dtype)
         return
-    out["k"][...] = _dot(dz.T.astype(k.dtype), given["k_map"][...], NN).astype(k.dtype)
-    out["k_map"][...] += _dot(dz.astype(k.dtype), k, NN)
+    out["k"][...] = dot(dz.T.astype(k.dtype), given["k_map"][...], NN).astype(k.dtype)
+    out["k_map"][...] += dot(dz.astype(k.dtype), k, NN)
     if "k_bias" in given:
-        out["k_bias"][...] += _lanes(dz)
+        out["k_bias"][...] += folded(dz)
 
 
 def _features(form: str, given):
     """z [f, T] and features [F, T], float32, 0 for tokens that do not count."""
     k = given["k"][...]
-    z = _dot(given["k_map"][...], k, NT) if "k_map" in given else k.T.astype(jnp.float32)
+    z = dot(given["k_map"][...], k, NT) if "k_map" in given else k.T.astype(jnp.float32)
     z = z + given["k_bias"][...] if "k_bias" in given else z
     real = given["adds"][...] if "adds" in given else None
     return z, tpu_tiles.features(form, z, z.shape[0], real)
-
-
-def _lanes(x):
-    """The sum over groups of lanes of x [N, T], [N, LANES]."""
-    return sum(x[:, i : i + LANES] for i in range(0, x.shape[1], LANES))
-
-
-def _dot(a, b, dims):
-    """A product with float32 sums; of float32 at full accuracy."""
-    precision = jax.lax.Precision.HIGHEST if a.dtype == jnp.float32 else None
-    return jax.lax.dot_general(a, b, dims, precision=precision, preferred_element_type=jnp.float32)

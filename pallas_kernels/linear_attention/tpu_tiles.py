@@ -102,6 +102,22 @@ def inside(x, f: int, fill=0.0):
     return jnp.where(jax.lax.broadcasted_iota(jnp.int32, x.shape, 0) < f, x, fill)
 
 
+def turned(x):
+    """x [A B] as [B A], both filled up to whole tiles."""
+    A, B = x.shape
+    tall, wide = whole(A, LANES) - A, whole(B, LANES) - B
+    if wide:
+        x = jnp.concatenate([x, jnp.zeros((A, wide), x.dtype)], 1)
+    if tall:
+        x = jnp.concatenate([x, jnp.zeros((tall, B + wide), x.dtype)], 0)
+    return x.T
+
+
+def folded(x):
+    """[N, C] -> [N, 128], sums of the lanes that stand above each other."""
+    return sum(x[:, i : i + LANES] for i in range(0, x.shape[1], LANES))
+
+
 # Rows of `tokens`.
 FIRST, LAST, USES, ADDS, REAL, KEEPS = range(6)
 

@@ -5,12 +5,11 @@ on cuDNN and on FlashAttention, and torch's compiled FlexAttention. Each is used
 with the tiles that it chooses by itself, and declines what it does not offer.
 """
 
-import importlib
 from collections.abc import Callable, Mapping
 
 import jax
 
-from launch.bench.contender import Case, Declined, Jax, Torch
+from launch.bench.contender import Case, Declined, Jax, Torch, imported
 from launch.bench.target import Target
 
 # Implementations of the op that are no kernels of this repository.
@@ -51,7 +50,7 @@ def _jax_nn(implementation: str, case: Case) -> Callable:
 
 
 def _tokamax(case: Case) -> Callable:
-    tokamax = _imported("tokamax")
+    tokamax = imported("tokamax")
     if jax.default_backend() == "cpu":
         raise Declined("its kernel runs on a GPU or a TPU")
     _decline(case.spec, "window", "softcap")
@@ -64,7 +63,7 @@ def _tokamax(case: Case) -> Callable:
 
 
 def _torch(case: Case, function: Callable) -> Torch:
-    torch = _imported("torch")
+    torch = imported("torch")
     if jax.default_backend() == "tpu":
         raise Declined("it runs on a GPU or a CPU")
     if jax.default_backend() == "gpu" and not torch.cuda.is_available():
@@ -169,10 +168,3 @@ def _decline(spec, *offered: str) -> None:
 def _decline_value(spec) -> None:
     if spec.V not in (None, spec.K):
         raise Declined("its values are as wide as its keys")
-
-
-def _imported(name: str):
-    try:
-        return importlib.import_module(name)
-    except ImportError as error:
-        raise Declined(f"{error.name or name} is not installed") from None

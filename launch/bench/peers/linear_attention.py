@@ -5,12 +5,11 @@ compiles; and cuDNN's causal softmax attention, which is what linear attention m
 computes something else, so its results are not compared.
 """
 
-import importlib
 from collections.abc import Callable, Mapping
 
 import jax
 
-from launch.bench.contender import Case, Declined, Jax, Torch
+from launch.bench.contender import Case, Declined, Jax, Torch, imported
 from launch.bench.target import Target
 
 FLA, CUDNN = "fla chunk_linear_attn", "cuDNN softmax (jax.nn)"
@@ -47,7 +46,7 @@ def _softmax(case: Case) -> Callable:
 
 
 def _checked(case: Case) -> Case:
-    torch, _ = (_imported(name) for name in ("torch", "fla.ops.linear_attn"))
+    torch, _ = (imported(name) for name in ("torch", "fla.ops.linear_attn"))
     if jax.default_backend() != "gpu" or not torch.cuda.is_available():
         raise Declined("its kernels run on a GPU")
     spec = case.spec
@@ -89,10 +88,3 @@ def _maps(torch) -> Mapping[str, Callable]:
         "softmax": both(lambda z: torch.softmax(z, -1)),
         "joint": lambda z: torch.softmax(torch.cat([2 * z, -2 * z], -1), -1),
     }
-
-
-def _imported(name: str):
-    try:
-        return importlib.import_module(name)
-    except ImportError as error:
-        raise Declined(f"{error.name or name} is not installed") from None
