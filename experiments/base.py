@@ -34,7 +34,7 @@ CHOICES = {
 
 def get_config():
     config = ConfigDict()
-    config.steps = 20  # optimizer steps of the run
+    config.steps = 20  # optimizer steps of the run; 0 scores what it begins with
     config.seed = 0  # of parameters, data order and dropout
     # Parameters that the run of `start` lacks begin as usual; layers are matched by their number.
     config.start = placeholder(str)  # folder of a run whose parameters this one begins with

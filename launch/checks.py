@@ -8,7 +8,6 @@ from launch.files import leaves
 from launch.schema import UsageError
 
 POSITIVE = (
-    "steps",
     "data.batch_size",
     "data.length",
     "data.micro_batches",
@@ -30,7 +29,14 @@ POSITIVE = (
     "train.keep_every",
     "train.profile_steps",
 )
-NOT_NEGATIVE = ("seed", "data.prefetch", "data.workers", "model.token_types", "optim.weight_decay")
+NOT_NEGATIVE = (
+    "seed",
+    "steps",
+    "data.prefetch",
+    "data.workers",
+    "model.token_types",
+    "optim.weight_decay",
+)
 FRACTIONS = ("model.dropout", "ema", "optim.warmup_fraction")
 
 
@@ -83,7 +89,7 @@ def _batch(batch_size: int, micro_batches: int) -> None:
 def _warmup(values: Mapping[str, object]) -> None:
     rows, length = values["steps"] * values["data.batch_size"], values["data.length"]
     warmup = values["optim.warmup_tokens"] or 0
-    if not 0 <= warmup < rows * length:
+    if warmup < 0 or warmup >= rows * length > 0:
         raise UsageError(
             f"optim.warmup_tokens is {warmup} and the run has {rows} rows of {length} = "
             f"{rows * length} tokens; shorten one or lengthen the other"

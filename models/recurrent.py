@@ -1,15 +1,21 @@
-"""What linear attention's mixers share: the parallel form, the state to decode with, its size."""
+"""What linear attention's mixers share: the parallel form, the state to decode with, its size, and
+how the weights are taught to be those of softmax attention."""
 
+import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from models.context import Context
+from models import transfer
+from models.context import Context, over_tokens
 from models.projections import Projections
-from pallas_kernels.linear_attention import State, linear_attention, merge
-from pallas_kernels.linear_attention.features import count
+from pallas_kernels import dispatch
+from pallas_kernels.flash_attention import flash_attention
+from pallas_kernels.linear_attention import State, features, linear_attention, merge
 from pallas_kernels.linear_attention.summary import state_of
 from parallel import prefix
 from parallel.rules import spec
+
+TAUGHT = {"attention_transfer", "output_transfer", "attention_weights"}
 
 
 class LinearMixer(Projections):
@@ -32,8 +38,44 @@ class LinearMixer(Projections):
     def __call__(
         self, x: Float[Array, "B L D"], ctx: Context
     ) -> tuple[Float[Array, "B L D"], dict]:
-        o, _ = self.attend(*self.project(x, ctx), ctx)
-        return self.write(o, ctx), {}
+        q, k, v = self.project(x, ctx)
+        if TAUGHT & set(ctx.taps):
+            return self._imitate(q, k, v, ctx)
+        return self.write(self.attend(q, k, v, ctx)[0], ctx), {}
+
+    def _imitate(self, q, k, v, ctx: Context) -> tuple[Float[Array, "B L D"], dict]:
+        """What softmax attention gives, and in aux how far from it this mixer is, as ctx.taps ask.
+
+        Each layer learns from what the teacher's layers before it give (teacher forcing), whose
+        queries and keys are not to bend.
+        """
+        if dispatch.split(q, 1):
+            raise ValueError(
+                "softmax attention, to be imitated, needs whole rows: set mesh.context to 1"
+            )
+        q, k, v = map(jax.lax.stop_gradient, (q, k, v))
+        rows = dict(q_segments=ctx.segment_ids, kv_segments=ctx.segment_ids)
+        taught, aux = flash_attention(q, k, v, **rows), {}
+        if "attention_transfer" in ctx.taps:
+            sums = transfer.cross_entropy(q, k, self.weights(q, k), ctx)
+            aux |= dict(zip(("attention_transfer", "teacher_entropy"), sums, strict=True))
+        if "attention_weights" in ctx.taps:
+            both = transfer.weights(q, k, self.weights(q, k), ctx.segment_ids)
+            aux |= dict(zip(("teacher_weights", "student_weights"), both, strict=True))
+        if "output_transfer" in ctx.taps:
+            error = self.attend(q, k, v, ctx)[0].astype(jnp.float32) - taught.astype(jnp.float32)
+            aux["output_transfer"] = over_tokens(jnp.mean(jnp.square(error), (2, 3)), ctx)
+        return self.write(taught, ctx), aux
+
+    def weights(self, q, k) -> transfer.Student:
+        """The unnormalised weights, as `models.transfer` asks for them."""
+        maps = self.maps()
+        phi = lambda x, name: features.of(
+            self.form, features.project(x, maps.get(f"{name}_map"), maps.get(f"{name}_bias"))
+        )
+        phi_k = phi(k, "k")
+        phi_q = transfer.grouped(phi(q, "q"), phi_k)
+        return lambda s, distance, rows: jnp.einsum("bigrf,bjgf->bgrij", rows(phi_q), phi_k)
 
     def attend(self, q, k, v, ctx: Context, state: State | None = None) -> tuple[Array, State]:
         """o [B L H V] and the state after the row, of tokens that go on from `state`'s."""
@@ -53,16 +95,16 @@ class LinearMixer(Projections):
         The reference weighs L keys a query and sums the state once; the recurrent form updates
         the state and reads it, 2 F V each. Negative for rows so short that squares are cheaper.
         """
-        H, V, F = self.heads.H, self.heads.V, count(self.form, self.f)
+        H, V, F = self.heads.H, self.heads.V, features.count(self.form, self.f)
         return 2.0 * H * (length * (F + V) - F * V)
 
     def state_size(self, length: int) -> int:
         """Elements of the decoding state of one sequence, however long it is."""
-        return self.heads.G * count(self.form, self.f) * (self.heads.V + 1)
+        return self.heads.G * features.count(self.form, self.f) * (self.heads.V + 1)
 
     def init_cache(self, B: int, length: int, dtype: str) -> dict[str, Array]:
         """The state before the first token; float32 whatever the computation's dtype."""
-        G, V, F = self.heads.G, self.heads.V, count(self.form, self.f)
+        G, V, F = self.heads.G, self.heads.V, features.count(self.form, self.f)
         zeros = lambda *shape: jnp.zeros(
             shape, jnp.float32, out_sharding=spec("batch", "heads", *[None] * (len(shape) - 2))
         )

@@ -77,7 +77,8 @@ def build(
         chosen = _chosen(config["trainable"], own, adapter.table)
         sizes = config["data"]
         context["domains"] = max(1, len(sizes.get("mixture", ())))
-        tokens = sizes["batch_size"] * sizes["length"] * config["steps"]
+        # A run of no steps scores what it begins with; its schedule has a step that is not taken.
+        tokens = sizes["batch_size"] * sizes["length"] * max(1, config["steps"])
         tx, lr = optimizer.build({p: weights[p] for p in chosen}, tokens, **config["optim"])
         seed, ema = config["seed"], config["ema"]
         # A config of a run from before this key has none.

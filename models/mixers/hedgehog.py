@@ -23,23 +23,26 @@ from flax import nnx
 from jaxtyping import Array, Float
 
 from models import band, ring, transfer
-from models.context import Context, over_tokens
+from models.context import Context
 from models.param import Dims, param
 from models.projections import Heads
 from models.recurrent import LinearMixer
 from pallas_kernels import dispatch
-from pallas_kernels.flash_attention import flash_attention
-from pallas_kernels.linear_attention import State, features
+from pallas_kernels.linear_attention import State
 from parallel.rules import spec
 
 FORMS = {"paper": "exp", "lolcats": "softmax", "fla": "joint"}
 MIX = -2.1972246  # log(0.1 / 0.9): g = 0.1
+# What counts of a window and of what lies before it; an ablation leaves one of them out.
+BRANCHES = {"both": (1.0, 1.0), "window": (1.0, 0.0), "linear": (0.0, 1.0)}
 
 CASES = (
     {"form": "paper", "heads": 4, "kv_heads": 2},
     {"form": "fla", "rope": False, "bias": True},
     {"width": 4, "window": 5, "kv_heads": 2},
     {"window": 7, "qk_norm": True},
+    {"window": 5, "branches": "window"},
+    {"window": 5, "branches": "linear"},
 )
 
 
@@ -47,8 +50,9 @@ class Mixer(LinearMixer):
     """heads: H query heads over kv_heads (G, H when None) of head_dim (K, D / H when None).
 
     form: 'paper', 'lolcats' or 'fla', see above.  width: f of the maps, K when None; features are
-    2 f.  window: tokens that softmax attention weighs, None for none.  implementation: of the
-    kernel, None lets the platform decide.
+    2 f.  window: tokens that softmax attention weighs, None for none.  branches: what counts of a
+    hybrid, 'both', 'window' or 'linear'; a query that then sees nothing gets 0.  implementation:
+    of the kernel, None lets the platform decide.
     """
 
     def __init__(
@@ -62,6 +66,7 @@ class Mixer(LinearMixer):
         form: str = "lolcats",
         width: int | None = None,
         window: int | None = None,
+        branches: str = "both",
         rope: bool = True,
         rope_base: float = 10000.0,
         rope_scaling: str = "none",
@@ -77,12 +82,16 @@ class Mixer(LinearMixer):
             raise ValueError(f"width of the maps is {width} and must be at least 1")
         if window is not None and window < 1:
             raise ValueError(f"window counts tokens, one's own included: {window} is less than 1")
+        if branches not in BRANCHES:
+            raise ValueError(f"branches {branches!r} are unknown; known: {', '.join(BRANCHES)}")
+        if window is None and branches != "both":
+            raise ValueError(f"branches {branches!r} are those of a hybrid; give it a window")
         sizes = Heads.of(dims, heads, kv_heads, head_dim)
         scaling = (rope_base, rope_scaling, rope_factor, rope_original_length) if rope else None
         super().__init__(dims, sizes, rngs=rngs, scaling=scaling, qk_norm=qk_norm, bias=bias)
         self.form, self.f = FORMS[form], sizes.K if width is None else width
         self.implementation = implementation
-        self.window, shared = window, form == "fla"
+        self.window, self.branches, shared = window, BRANCHES[branches], form == "fla"
         if window is not None:
             self.context = "none"  # its blocks need their neighbours
         maps = dict(fan_in=(1,), fan_out=(2,), stack=(0,), init=("identity",), decay=False)
@@ -112,34 +121,6 @@ class Mixer(LinearMixer):
         if hasattr(self, f"{name}_map_bias"):
             yield "bias", getattr(self, f"{name}_map_bias")
 
-    def __call__(
-        self, x: Float[Array, "B L D"], ctx: Context
-    ) -> tuple[Float[Array, "B L D"], dict]:
-        q, k, v = self.project(x, ctx)
-        asked = {"attention_transfer", "output_transfer", "attention_weights"} & set(ctx.taps)
-        if not asked:
-            return self.write(self.attend(q, k, v, ctx)[0], ctx), {}
-        if dispatch.split(q, 1):
-            raise ValueError(
-                "softmax attention, to be imitated, needs whole rows: set mesh.context to 1"
-            )
-        # Each layer learns from what the teacher's layers before it give (teacher forcing), whose
-        # queries and keys are not to bend.
-        q, k, v = map(jax.lax.stop_gradient, (q, k, v))
-        rows = dict(q_segments=ctx.segment_ids, kv_segments=ctx.segment_ids)
-        taught = flash_attention(q, k, v, **rows)
-        aux = {}
-        if "attention_transfer" in asked:
-            sums = transfer.cross_entropy(q, k, self._weights(q, k), ctx)
-            aux |= dict(zip(("attention_transfer", "teacher_entropy"), sums, strict=True))
-        if "attention_weights" in asked:
-            both = transfer.weights(q, k, self._weights(q, k), ctx.segment_ids)
-            aux |= dict(zip(("teacher_weights", "student_weights"), both, strict=True))
-        if "output_transfer" in asked:
-            error = self.attend(q, k, v, ctx)[0].astype(jnp.float32) - taught.astype(jnp.float32)
-            aux["output_transfer"] = over_tokens(jnp.mean(jnp.square(error), (2, 3)), ctx)
-        return self.write(taught, ctx), aux
-
     def attend(self, q, k, v, ctx: Context, state: State | None = None) -> tuple[Array, State]:
         if self.window is None:
             return super().attend(q, k, v, ctx, state)
@@ -157,31 +138,28 @@ class Mixer(LinearMixer):
         return self._join(near, *far[:2]).astype(q.dtype), far[2]
 
     def _join(self, near: band.Terms, o, total):
-        num, weight = near
-        g = jax.nn.sigmoid(self.mix[...]).reshape(1, 1, -1)
+        (num, weight), (inside, before) = near, self.branches
+        g = inside * jax.nn.sigmoid(self.mix[...]).reshape(1, 1, -1)
+        total = before * total
         both = g * weight + total
-        o = total[..., None] * o.astype(jnp.float32)
-        return (g[..., None] * num + o) / both[..., None]
+        o = g[..., None] * num + total[..., None] * o.astype(jnp.float32)
+        return o / jnp.where(both > 0, both, 1.0)[..., None]
 
-    def _weights(self, q, k) -> transfer.Student:
-        maps = self.maps()
-        phi = lambda x, name: features.of(
-            self.form, features.project(x, maps[f"{name}_map"], maps.get(f"{name}_bias"))
-        )
+    def weights(self, q, k) -> transfer.Student:
+        far = super().weights(q, k)
+        if self.window is None:
+            return far
         G, R = k.shape[2], q.shape[2] // k.shape[2]
-        phi_k = phi(k, "k")
-        phi_q = transfer.grouped(phi(q, "q"), phi_k)
+        nearby, before = self.branches
 
         def student(s, distance, rows):
-            far = jnp.einsum("bigrf,bjgf->bgrij", rows(phi_q), phi_k)
-            if self.window is None:
-                return far
             inside = ((distance >= 0) & (distance < self.window))[None, None, None]
             peak = jnp.max(jnp.where(inside, s, transfer.FLOOR), -1, keepdims=True)
             g = jax.nn.sigmoid(self.mix[...]).reshape(
                 1, G, R, 1, 1, out_sharding=spec(None, "heads", None, None, None)
             )
-            return jnp.where(inside, g * jnp.exp(jnp.minimum(s - peak, 0.0)), far)
+            near = nearby * g * jnp.exp(jnp.minimum(s - peak, 0.0))
+            return jnp.where(inside, near, before * far(s, distance, rows))
 
         return student
 

@@ -158,7 +158,7 @@ def test_the_teacher_is_asked_by_its_weights(window, chunk, size, monkeypatch):
     q, k = (size * x for x in rows()[:2])
     segments = np.repeat([[1] * 8 + [2] * 11 + [0] * 2], B, 0)
     ctx = context(segments)
-    found, entropy = transfer.cross_entropy(q, k, mixer._weights(q, k), ctx)
+    found, entropy = transfer.cross_entropy(q, k, mixer.weights(q, k), ctx)
     a = weights(mixer, "lolcats", q, k, segments)
     s = np.einsum("bihk,bjhk->bhij", np.float64(q), np.repeat(np.float64(k), H // G, 2)) * K**-0.5
     seen = np.tril(np.ones((L, L), bool)) & (segments[:, :, None] == segments[:, None])
