@@ -21,7 +21,8 @@ class Rule:
     metric: of the last step.  margin: the least difference that counts, in its units.
     claims: {arm: one of KINDS}, against the arm `baseline`.  higher: whether more is better.
     flops: share by which FLOPs a token may differ, none by default.  toward: an arm whose distance
-    to the baseline the report measures the others' by; it enters no verdict.
+    to the baseline the report measures the others' by; it enters no verdict.  settings: names of
+    those that every arm runs in and is judged in; then an arm's runs are of `arm@setting`.
     """
 
     baseline: str
@@ -31,6 +32,23 @@ class Rule:
     higher: bool = False
     flops: float = 0.0
     toward: str | None = None
+    settings: tuple[str, ...] = ()
+
+    @property
+    def judged(self) -> dict[str, str]:
+        """The claims of every setting."""
+        cells = ("", *(f"@{setting}" for setting in self.settings))[bool(self.settings) :]
+        return {f"{arm}{cell}": kind for cell in cells for arm, kind in self.claims.items()}
+
+    def base(self, arm: str) -> str:
+        """The baseline of an arm, in its setting."""
+        return self.beside(arm, self.baseline)
+
+    @staticmethod
+    def beside(arm: str, other: str) -> str:
+        """The other arm, in the setting of the first."""
+        _, at, setting = arm.partition("@")
+        return f"{other}{at}{setting}"
 
     def __str__(self) -> str:
         claimed = "; ".join(
@@ -48,18 +66,22 @@ class Rule:
             "no worse": f"'No worse' is confirmed if the interval lies below {margin}, refuted if "
             f"it lies above 0 and the mean is at least {margin}, and undecided otherwise.",
         }
-        equal = "order, tokens or FLOPs differ."
+        equal = "order, tokens or FLOPs differ"
         if self.flops:
-            equal = f"order or tokens differ, or FLOPs a token by more than {self.flops:.0%}."
+            equal = f"order or tokens differ, or FLOPs a token by more than {self.flops:.0%}"
+        of_all, same, within = "", "seed", ""
+        if self.settings:
+            of_all, within = f" of {_listed(self.settings)}, each", ", in one setting"
+            same = "seed and setting"
         judged = [words[kind] for kind in KINDS if kind in self.claims.values()]
         return " ".join(
             [
-                f"Claimed: {claimed}.",
+                f"Claimed{of_all}: {claimed}.",
                 f"Each arm stands at its grid point with the best mean of {self.metric}. Judged "
-                f"are its differences, {order}, of runs with the same seed: their mean and its "
+                f"are its differences, {order}, of runs with the same {same}: their mean and its "
                 f"two-sided {CONFIDENCE:.0%} t-interval.",
                 *judged,
-                f"There is no verdict where data {equal}",
+                f"There is no verdict where data {equal}{within}.",
             ]
         )
 

@@ -4,7 +4,7 @@ import textwrap
 from collections.abc import Iterable, Iterator, Mapping
 
 PAIRS = """\
-Each figure is an arm's run minus the run of {baseline} with the same seed. The seed decides the
+Each figure is an arm's run minus the run of {baseline} with the same {same}. The seed decides the
 initial parameters and the order of the data: such a pair reads the same rows in the same order, and
 begins with the same parameters where both have the same model. What makes a seed easier or harder
 for both cancels, and the interval is that of the paired t-test."""
@@ -35,7 +35,7 @@ def markdown(summary: Mapping) -> str:
         *_notes(summary),
         *_shares(summary),
         "## Differences by seed",
-        PAIRS.format(baseline=declared["baseline"]),
+        PAIRS.format(baseline=declared["baseline"], same=_same(declared)),
         table(("arm", *seeds, "mean", "sd"), _pairs(summary)),
         "## Grid",
         table(("arm", "point", *seeds, "mean", "sd"), _grid(summary)),
@@ -43,6 +43,10 @@ def markdown(summary: Mapping) -> str:
         table(("", ""), _ran(summary)),
     ]
     return "\n\n".join(blocks) + "\n"
+
+
+def _same(declared: Mapping) -> str:
+    return "seed and setting" if declared.get("settings") else "seed"
 
 
 def _earlier(summary: Mapping) -> list[str]:
@@ -101,17 +105,19 @@ def _notes(summary: Mapping) -> list[str]:
 
 def _shares(summary: Mapping) -> Iterator[str]:
     """How far each arm comes on the way from the baseline to the arm `toward`."""
-    base, goal = (summary["declared"][name] for name in ("baseline", "toward"))
     means = {arm: x["spread"]["mean"] for arm, x in summary["arms"].items() if x["spread"]}
-    if goal is None or not {base, goal} <= set(means) or means[base] == means[goal]:
-        return
-    way = means[goal] - means[base]
-    shares = [
-        f"{arm} {(mean - means[base]) / way:.1%}"
-        for arm, mean in means.items()
-        if arm not in (base, goal)
-    ]
-    yield f"Of the way from {base} to {goal}, by the means: {listed(shares)}."
+    ends = [summary["declared"][name] for name in ("baseline", "toward")]
+    for _, at, setting in [x.partition("@") for x in summary["arms"] if x.startswith(ends[0])]:
+        base, goal = (f"{end}{at}{setting}" for end in ends)
+        if ends[1] is None or not {base, goal} <= set(means) or means[base] == means[goal]:
+            continue
+        way = means[goal] - means[base]
+        shares = [
+            f"{arm} {(mean - means[base]) / way:.1%}"
+            for arm, mean in means.items()
+            if arm not in (base, goal) and arm.partition("@")[2] == setting
+        ]
+        yield f"Of the way from {base} to {goal}, by the means: {listed(shares)}."
 
 
 def _pairs(summary: Mapping) -> Iterator[tuple[str, ...]]:
@@ -135,6 +141,11 @@ def _ran(summary: Mapping) -> Iterator[tuple[str, str]]:
     """Facts that all runs share, or each fact with its runs."""
     yield "command", f"`{summary['command']}`"
     yield "seeds", listed(summary["declared"]["seeds"])
+    runs = summary["runs"]
+    after = {x["arm"]: runs[x["after"]]["arm"] for x in runs.values() if x.get("after")}
+    if after:
+        told = listed(f"{arm} from {before}" for arm, before in after.items())
+        yield "go on", f"{told}; their tokens and FLOPs are counted together"
     for what, facts in summary["ran"].items():
         several = len(facts) > 1
         told = (f"{x}: {listed(runs)}" if several else x for x, runs in facts.items())

@@ -1,8 +1,11 @@
-"""The picture of a study: the metric against tokens for every arm, and its last values by seed."""
+"""The picture of a study: the metric against tokens for every arm, and its last values by seed.
+
+Settings stand below each other, and an arm looks the same in all of them.
+"""
 
 import pathlib
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 INK, QUIET = "#222222", "#9a9a9a"
 # Paul Tol's bright scheme, told apart by all common kinds of colour vision; lines differ as well.
@@ -25,23 +28,35 @@ def draw(summary: Mapping, out: pathlib.Path) -> None:
     matplotlib.use("agg")
     from matplotlib import pyplot as plt
 
-    styles = style(summary)
-    tall = 1.6 + 0.36 * max(5, len(styles))
-    options = dict(figsize=(9.6, tall), dpi=150, layout="constrained", width_ratios=(3, 2))
-    figure, (left, right) = plt.subplots(1, 2, **options)
-    _curves(left, summary, styles)
-    _values(right, summary, styles)
-    for axes in (left, right):
-        axes.spines[["top", "right"]].set_visible(False)
+    settings = _settings(summary)
+    tall = [1.6 + 0.36 * max(5, len(styles)) for styles in settings.values()]
+    ratios = dict(width_ratios=(3, 2), height_ratios=tall)
+    options = dict(figsize=(9.6, sum(tall)), dpi=150, layout="constrained", squeeze=False)
+    figure, grid = plt.subplots(len(settings), 2, **ratios, **options)
+    for row, (setting, styles) in zip(grid, settings.items(), strict=True):
+        name = f"{setting}: " if setting else ""
+        _curves(row[0], summary, styles, name)
+        _values(row[1], summary, styles, name)
+        for axes in row:
+            axes.spines[["top", "right"]].set_visible(False)
     # Without the date and the version that matplotlib would write into it.
     figure.savefig(out, metadata={"Software": None})
     plt.close(figure)
 
 
-def style(summary: Mapping) -> dict[str, dict]:
+def _settings(summary: Mapping) -> dict[str, dict[str, dict]]:
+    """{setting: {arm in it: colour and line}}."""
+    bare = [arm.partition("@")[0] for arm in summary["arms"]]
+    styles, found = style(list(dict.fromkeys(bare)), summary["declared"]["baseline"]), {}
+    for arm, name in zip(summary["arms"], bare, strict=True):
+        found.setdefault(arm.partition("@")[2], {})[arm] = styles[name]
+    return found
+
+
+def style(arms: Sequence[str], base: str) -> dict[str, dict]:
     """{arm: colour and line}; the baseline is black."""
-    base, found, others = summary["declared"]["baseline"], {}, 0
-    for arm in summary["arms"]:
+    found, others = {}, 0
+    for arm in arms:
         if arm == base:
             found[arm] = dict(color=INK, ls="-")
         else:
@@ -51,7 +66,7 @@ def style(summary: Mapping) -> dict[str, dict]:
     return found
 
 
-def _curves(axes, summary: Mapping, styles: Mapping) -> None:
+def _curves(axes, summary: Mapping, styles: Mapping, name: str) -> None:
     """Mean lines, and bands from the least to the greatest seed."""
     from matplotlib.ticker import EngFormatter
 
@@ -64,13 +79,13 @@ def _curves(axes, summary: Mapping, styles: Mapping) -> None:
             axes.plot(band["tokens"], band["mean"], lw=1.8, **look)
     rows, metric = summary["scored_rows"], summary["declared"]["metric"]
     of = f", first {rows:,} held-out rows" if rows and metric.startswith("validation/") else ""
-    axes.set_title(f"while training{of}: mean and range", fontsize=9, loc="left", color=INK)
+    axes.set_title(f"{name}while training{of}: mean and range", fontsize=9, loc="left", color=INK)
     axes.set_xlabel("tokens seen")
     axes.set_ylabel(_words(metric))
     axes.xaxis.set_major_formatter(EngFormatter(sep=""))
 
 
-def _values(axes, summary: Mapping, styles: Mapping) -> None:
+def _values(axes, summary: Mapping, styles: Mapping, name: str) -> None:
     """The last value of every seed, its mean and range; the names tell which line is which."""
     for place, (arm, look) in enumerate(styles.items()):
         found = summary["arms"][arm]
@@ -82,7 +97,10 @@ def _values(axes, summary: Mapping, styles: Mapping) -> None:
             axes.plot([mean], [place], "|", ms=16, mew=2, color=look["color"])
             at = dict(textcoords="offset points", xytext=(0, 9), ha="center")
             axes.annotate(f"{mean:.3f}", (mean, place), **at, fontsize=8, color=INK)
-    labels = [f"{arm}\n{_short(summary['arms'][arm]['chosen'])}".strip() for arm in styles]
+    labels = [
+        f"{arm.partition('@')[0]}\n{_short(summary['arms'][arm]['chosen'])}".strip()
+        for arm in styles
+    ]
     axes.set_yticks(range(len(styles)), labels, fontsize=8)
     for text, look in zip(axes.get_yticklabels(), styles.values(), strict=True):
         text.set_color(look["color"])
@@ -90,7 +108,7 @@ def _values(axes, summary: Mapping, styles: Mapping) -> None:
     axes.margins(x=0.12)
     axes.grid(axis="x", color=QUIET, alpha=0.3, lw=0.6)
     of = " of all rows" if summary["scored_rows"] else ""
-    axes.set_title(f"at the end{of}: seeds, range, mean", fontsize=9, loc="left", color=INK)
+    axes.set_title(f"{name}at the end{of}: seeds, range, mean", fontsize=9, loc="left", color=INK)
     axes.set_xlabel(_words(summary["declared"]["metric"]))
 
 

@@ -42,15 +42,15 @@ def render(summary: Mapping) -> str:
 
 
 def _json(tree: object) -> str:
-    return json.dumps(_finite(tree), allow_nan=False)
+    return json.dumps(finite(tree), allow_nan=False)
 
 
-def _finite(tree: object) -> object:
+def finite(tree: object) -> object:
     """JSON has no infinity and no NaN: their names stand for them, as in metrics.jsonl."""
     if isinstance(tree, Mapping):
-        return {key: _finite(x) for key, x in tree.items()}
+        return {key: finite(x) for key, x in tree.items()}
     if isinstance(tree, (list, tuple)):
-        return [_finite(x) for x in tree]
+        return [finite(x) for x in tree]
     if isinstance(tree, float) and not math.isfinite(tree):
         return "NaN" if math.isnan(tree) else "Infinity" if tree > 0 else "-Infinity"
     return tree

@@ -1,7 +1,7 @@
 """What should be equal between the runs of a study, and where and on what they ran."""
 
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 
 from analysis.records import Record
 from analysis.studies import Study
@@ -26,44 +26,49 @@ def _data(record: Record) -> dict:
     return {key: x for key, x in record.config["data"].items() if key not in LAYOUT}
 
 
-# For runs of one seed these decide which rows they read, in which order, and how much work it is.
+# For runs of one seed these decide which rows they read, and in which order.
 EQUAL = {
     "corpora": lambda record: sorted({head["fingerprint"] for head in record.headers}),
     "tokenizers": lambda record: record.headers[0]["tokenizer"],
     "keys of data": _data,
-    "tokens": tokens,
 }
 
 
 def differences(study: Study) -> list[str]:
     """A sentence on each thing that must be equal for a verdict, and is not or is unknown."""
-    found = []
-    for what, of in EQUAL.items():
-        groups = groups_of(study, lambda record, of=of: json.dumps(of(record), sort_keys=True))
+    return [told for names in study.compared() for told in _differences(study, names)]
+
+
+def _differences(study: Study, compared: list[str]) -> Iterator[str]:
+    of_record = lambda of: lambda name: of(study.records[name])
+    facts = {what: of_record(of) for what, of in EQUAL.items()}
+    facts["tokens"] = lambda name: sum(map(tokens, study.chain(name)))
+    for what, of in facts.items():
+        groups = groups_of(compared, lambda name, of=of: json.dumps(of(name), sort_keys=True))
         if len(groups) > 1:
             told = "; ".join(f"{text} in {_some(names)}" for text, names in groups.items())
-            found.append(f"{what} differ: {told}")
-    found += _work(study)
-    unknown = [name for name, record in study.records.items() if flops_per_token(record) is None]
-    return found + ([f"FLOPs are unknown of {_some(unknown)}"] if unknown else [])
+            yield f"{what} differ: {told}"
+    each = {name: flops_per_token(study.records[name]) for name in compared}
+    yield from _work(each, study.rule.flops)
+    if unknown := [name for name, flops in each.items() if flops is None]:
+        yield f"FLOPs are unknown of {_some(unknown)}"
 
 
-def _work(study: Study) -> list[str]:
+def _work(each: Mapping[str, float | None], share: float) -> Iterator[str]:
     """FLOPs a token that lie further apart than the rule allows."""
-    each = {name: flops_per_token(record) for name, record in study.records.items()}
     known = {name: flops for name, flops in each.items() if flops}
-    if not known:
-        return []
-    least, most = min(known, key=known.get), max(known, key=known.get)
-    if known[most] <= known[least] * (1 + study.rule.flops):
-        return []
-    told = f"{known[least]:,.0f} in {least}; {known[most]:,.0f} in {most}"
-    return [f"FLOPs a token differ: {told}"]
+    if known:
+        least, most = min(known, key=known.get), max(known, key=known.get)
+        if known[most] > known[least] * (1 + share):
+            told = f"{known[least]:,.0f} in {least}; {known[most]:,.0f} in {most}"
+            yield f"FLOPs a token differ: {told}"
 
 
 def ran(study: Study) -> dict[str, dict[str, list[str]]]:
     """{what: {fact: runs of which it holds}}."""
-    head = lambda key: lambda record: _text([header.get(key) for header in record.headers])
+    head = lambda key: lambda name: _text([x.get(key) for x in study.records[name].headers])
+    flops = lambda record: tokens(record) * (flops_per_token(record) or 0)
+    total = lambda of: lambda name: sum(map(of, study.chain(name)))
     facts = {
         "commit": head("commit"),
         "device": head("device"),
@@ -71,17 +76,17 @@ def ran(study: Study) -> dict[str, dict[str, list[str]]]:
         "versions": head("versions"),
         "corpus": head("fingerprint"),
         "parameters": head("parameters"),
-        "tokens": lambda record: f"{tokens(record):,}",
-        "FLOPs": lambda record: f"{tokens(record) * (flops_per_token(record) or 0):.4g}",
+        "tokens": lambda name: f"{total(tokens)(name):,}",
+        "FLOPs": lambda name: f"{total(flops)(name):.4g}",
     }
-    return {what: groups_of(study, of) for what, of in facts.items()}
+    return {what: groups_of(study.records, of) for what, of in facts.items()}
 
 
-def groups_of(study: Study, of: Callable[[Record], str]) -> dict[str, list[str]]:
+def groups_of(names: Iterable[str], of: Callable[[str], str]) -> dict[str, list[str]]:
     """{fact: names of the runs that have it}."""
     groups: dict[str, list[str]] = {}
-    for name, record in study.records.items():
-        groups.setdefault(of(record), []).append(name)
+    for name in names:
+        groups.setdefault(of(name), []).append(name)
     return groups
 
 

@@ -19,7 +19,25 @@ class Study:
     @property
     def rule(self) -> Rule:
         names = [field.name for field in dataclasses.fields(Rule)]
-        return Rule(**{name: self.given[name] for name in names if name in self.given})
+        found = {name: self.given[name] for name in names if name in self.given}
+        return Rule(**found | {"settings": tuple(found.get("settings", ()))})
+
+    def compared(self) -> list[list[str]]:
+        """Of each setting, the runs of arms that a verdict is on, and of its baseline."""
+        rule, groups = self.rule, {}
+        for name, run in self.given["runs"].items():
+            base = rule.base(run["arm"])
+            if run["arm"] in (base, *rule.judged):
+                groups.setdefault(base, []).append(name)
+        return list(groups.values())
+
+    def chain(self, name: str | None) -> list[Record]:
+        """The run, and those that it goes on from: whose parameters it began with, and so on."""
+        found = []
+        while name is not None:
+            found.append(self.records[name])
+            name = self.given["runs"][name].get("after")
+        return found
 
     def value(self, name: str) -> float | None:
         """The metric of a run at its last step; None if it diverged."""

@@ -21,8 +21,9 @@ def summarise(study: Study) -> dict:
     given, rule = study.given, study.rule
     names = dict.fromkeys(run["arm"] for run in given["runs"].values())
     arms = {arm: _arm(study, arm) for arm in names}
-    for arm in set(arms) - {rule.baseline}:
-        arms[arm]["paired"] = paired(arms[rule.baseline]["values"], arms[arm]["values"])
+    for arm in arms:
+        if arm != rule.base(arm):
+            arms[arm]["paired"] = paired(arms[rule.base(arm)]["values"], arms[arm]["values"])
     differing = differences(study)
     return {
         "study": given["name"],
@@ -32,7 +33,7 @@ def summarise(study: Study) -> dict:
         "earlier_rules": given["earlier_rules"],
         "declared": dataclasses.asdict(rule) | {"seeds": given["seeds"]},
         "differing": differing,
-        "claims": [_claim(rule, arm, arms[arm], differing) for arm in rule.claims],
+        "claims": [_claim(rule, arm, arms[arm], differing) for arm in rule.judged],
         "arms": arms,
         "scored_rows": study.scored_rows,
         "ran": ran(study),
@@ -112,8 +113,9 @@ def paired(base: Mapping[str, float], values: Mapping[str, float]) -> dict:
 def _claim(rule: Rule, arm: str, found: Mapping, differing: list[str]) -> dict:
     """The claim with its verdict; None where the runs cannot be compared."""
     by_seed = list(found["paired"]["by_seed"].values())
-    verdict = None if differing else rule.judge(rule.claims[arm], by_seed)
-    said = f"{arm} is {rule.claims[arm]} than {rule.baseline}"
+    kind = rule.judged[arm]
+    verdict = None if differing else rule.judge(kind, by_seed)
+    said = f"{arm} is {kind} than {rule.base(arm)}"
     return {"arm": arm, "said": said, "verdict": verdict}
 
 
@@ -127,6 +129,7 @@ def _run(study: Study, name: str) -> dict:
         "point": run["point"],
         "seed": run["seed"],
         "value": study.value(name),
+        "after": run.get("after"),
         "diverged": record.diverged,
         "seconds": record.seconds,
         "attempts": len(record.attempts),

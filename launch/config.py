@@ -9,7 +9,7 @@ import difflib
 import inspect
 import pathlib
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 
 from ml_collections import ConfigDict
 
@@ -61,10 +61,17 @@ def resolve(
     """
     draft = compose(path, overrides or {}, root)
     used = used_methods(draft)
-    _refuse_unused(draft, used)
+    for _, sentence in _unused(draft, used):
+        raise UsageError(sentence)
     config = _assemble(draft, used)
     check(config)
     return config
+
+
+def unused(path: str, overrides: Mapping[str, str]) -> dict[str, str]:
+    """{key: why nothing reads it} of the overrides that `resolve` would refuse for that."""
+    draft = compose(path, overrides)
+    return dict(_unused(draft, used_methods(draft)))
 
 
 def compose(path: str, overrides: Mapping[str, str], root: pathlib.Path = ROOT) -> Draft:
@@ -178,8 +185,8 @@ def used_methods(draft: Draft) -> dict[str, list[str]]:
     return used
 
 
-def _refuse_unused(draft: Draft, used: Mapping[str, list[str]]) -> None:
-    """Raises UsageError for a key set on the command line that nothing reads.
+def _unused(draft: Draft, used: Mapping[str, list[str]]) -> Iterator[tuple[str, str]]:
+    """Keys set on the command line that nothing reads, each with a sentence.
 
     A file may hold arguments for several methods between which the command line chooses.
     """
@@ -191,15 +198,17 @@ def _refuse_unused(draft: Draft, used: Mapping[str, list[str]]) -> None:
         section, _, method = name.rpartition(".")[0].rpartition(".")
         if section in read and method not in read[section]:
             names = ", ".join(read[section]) or "nothing"
-            raise UsageError(
+            yield (
+                name,
                 f"--config.{name} has no effect, because the configuration does not use "
-                f"{method}; of {section} it uses {names}"
+                f"{method}; of {section} it uses {names}",
             )
         other = _overruling(name)
         if other and draft[other] not in (None, ()):
-            raise UsageError(
+            yield (
+                name,
                 f"--config.{name} has no effect, because {other} is {spell(draft[other])}; "
-                f"add --config.{other}={'none' if draft.keys[other].optional else repr('')}"
+                f"add --config.{other}={'none' if draft.keys[other].optional else repr('')}",
             )
 
 

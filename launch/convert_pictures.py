@@ -8,22 +8,17 @@ files beside them show TensorBoard the same, before at step 0.
 import pathlib
 import shutil
 import sys
-from collections.abc import Callable
 
-import jax
 import numpy as np
 
 from analysis.attention import picture
-from models.context import of_batch
-from models.layering import Layering
+from launch.attention import reporter
 from parallel.rules import ways
 from training.adapter import start
-from training.evaluate import place
 from training.events import EventFile
 from training.run import Run
 
 HEADS, TOKENS = 4, 128  # shown at most
-OF_TOKENS = ("inputs", "targets", "weights", "segment_ids", "positions")
 FOLDER = "pictures"
 
 
@@ -39,9 +34,10 @@ def draw(job: Run, params: dict, out: pathlib.Path) -> None:
     drawing.mkdir(parents=True)
     # All but the maps is as it was, and where they begin is declared.
     maps = {path: job.program.table[path] for path in job.program.state.params}
-    report = _reporter(job)
+    sizes = dict(rows=ways(job.mesh, "batch"), tokens=TOKENS)
+    report = reporter(job.program, job.data, job.mesh, job.config["model"], **sizes)
     before = report(params | start(maps, job.config["seed"]))
-    seen = {"before": _by_layer(job, before), "after": _by_layer(job, report(params))}
+    seen = {"before": before, "after": report(params)}
     try:
         _write(drawing, seen, job.config["steps"])
     except ImportError as error:
@@ -53,8 +49,9 @@ def draw(job: Run, params: dict, out: pathlib.Path) -> None:
 
 def _write(folder: pathlib.Path, seen: dict, steps: int) -> None:
     events = EventFile(folder / "tb", 0)
-    for layer, (teacher, before) in seen["before"].items():
-        after, name = seen["after"][layer][1], f"layer_{layer:02d}"
+    for layer, both in seen["before"].items():
+        teacher, before, after = map(_shown, (*both, seen["after"][layer][1]))
+        name = f"layer_{layer:02d}"
         columns = {"teacher": teacher, "before": before, "after": after}
         (folder / f"{name}.png").write_bytes(picture(columns, f"layer {layer}"))
         for step, student in ((0, before), (steps, after)):
@@ -63,31 +60,7 @@ def _write(folder: pathlib.Path, seen: dict, steps: int) -> None:
     events.close()
 
 
-def _by_layer(job: Run, reported: dict) -> dict[int, tuple[np.ndarray, np.ndarray]]:
-    """{layer: weights `[H L L]` of teacher and student}, of layers that can be taught."""
-    layering, found = Layering.of(job.config["model"]), {}
-    for path, array in reported.items():
-        layers, name = layering.split(path)
-        rows = array if layering.stacks(path) else array[None]
-        for layer, row in zip(layers, rows, strict=True):
-            H = row.shape[1]
-            heads = np.linspace(0, H - 1, min(H, HEADS)).round().astype(int)
-            found.setdefault(layer, {})[name] = row[0, heads]
-    pair = lambda both: (both["mixer/teacher_weights"], both["mixer/student_weights"])
-    return {layer: pair(found[layer]) for layer in sorted(found)}
-
-
-def _reporter(job: Run) -> Callable[[dict], dict[str, np.ndarray]]:
-    """params -> weights by path, `[B H L L]`, of layers stacked before that."""
-    rows = ways(job.mesh, "batch")
-    batch = next(iter(job.data.evaluation(rows, rows)))
-    batch = batch._replace(**{name: getattr(batch, name)[:, :TOKENS] for name in OF_TOKENS})
-    batch = place(batch, job.mesh)
-
-    @jax.jit
-    def run(params, batch):
-        ctx = of_batch(batch, **job.program.context | {"taps": ("attention_weights",)})
-        _, layers = job.program.model(params)(batch.inputs, ctx)
-        return {path: x for path, x in layers.items() if path.endswith("_weights")}
-
-    return lambda params: jax.device_get(run(params, batch))
+def _shown(weights: np.ndarray) -> np.ndarray:
+    """A few heads `[h L L]` of the first row of `[B H L L]`."""
+    H = weights.shape[1]
+    return weights[0, np.linspace(0, H - 1, min(H, HEADS)).round().astype(int)]

@@ -27,6 +27,7 @@ class Pool:
         self._free = shares(parallel)
         self._running: dict[str, tuple[Planned, Child]] = {}
         self._next = 0.0  # when the bar is next drawn
+        self._ended: set[str | None] = {None}  # what runs may go on from; None is nothing
         self.failed: dict[str, str] = {}
         self.interrupted = False
 
@@ -37,6 +38,9 @@ class Pool:
         Ctrl-C kills them. Raises UsageError where a finished run lacks the metric; others save.
         """
         waiting = list(waiting)
+        parents = {run.after for run in waiting}
+        known = (run for run in self._study.runs if run.name in parents)
+        self._ended |= {run.name for run in known if finished(self._study, run, self._workdir)}
         shown = bar(total=total, initial=total - len(waiting), unit="run")
         with Interrupt() as interrupt, shown:
             try:
@@ -45,7 +49,15 @@ class Pool:
                         self.interrupted = True
                         self._terminate()
                     while waiting and self._free and not self.interrupted:
-                        self._start(waiting.pop(0))
+                        able = (run for run in waiting if run.after in self._ended)
+                        ready = next(able, None)
+                        if ready is None:
+                            break
+                        waiting.remove(ready)
+                        self._start(ready)
+                    if waiting and not self._running and not self.interrupted:
+                        self._give_up(waiting)
+                        break
                     self._collect(shown)
                     self._tell(shown)
                     time.sleep(SECONDS)
@@ -55,6 +67,11 @@ class Pool:
             except BaseException:
                 self._kill()
                 raise
+
+    def _give_up(self, waiting: Sequence[Planned]) -> None:
+        for run in waiting:
+            self.failed[run.name] = said = f"{run.after}, from which it goes on, has not ended"
+            print(f"{run.name} did not begin: {said}", file=sys.stderr)
 
     def _start(self, run: Planned) -> None:
         arguments = self._study.arguments(run, self._workdir)
@@ -70,6 +87,7 @@ class Pool:
             del self._running[name]
             self._free.insert(0, child.cores)
             if finished(self._study, run, self._workdir):
+                self._ended.add(name)
                 shown.update()
                 shown.write(self._line(run), file=sys.stdout)
             elif not self.interrupted:

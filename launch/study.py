@@ -13,6 +13,10 @@ A study is a file of experiments/ that has, besides get_config():
     FLOPS = 0.0                                share by which FLOPs a token may differ; likewise
     TOWARD = "softmax"                         what share of the way from the baseline to this arm
                                                others come is reported; likewise
+    SETTINGS = {"long": {"data.length": 512}}  keys in which every arm runs once more, and is judged
+                                               against the baseline in them; likewise
+    AFTER = {"tuned": "taught"}                arms whose runs begin with the parameters of another
+                                               arm's run of the same seed and setting; likewise
 
 and a paragraph of the docstring, `RULE  ...`, that says what `analysis.compare` will compute. No
 jax is needed to read it.
@@ -26,17 +30,18 @@ import json
 import pathlib
 import re
 import shlex
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Set
 
 from analysis.compare import KINDS, Rule
 from analysis.records import read as read_run
 from analysis.studies import lacks
-from launch.config import resolve
+from launch.config import resolve, unused
 from launch.files import find, leaves, load
 from launch.schema import UsageError, spell
 
 NAMED = re.compile(r"\w[\w.]*")
 OPTIONAL = {"HIGHER": False, "FLOPS": 0.0, "TOWARD": None}
+MAPPINGS = ("SETTINGS", "AFTER")  # that may be left out
 CONSTANTS = {"BASELINE": str, "ARMS": dict, "SEEDS": tuple, "METRIC": str, "MARGIN": float}
 
 
@@ -44,7 +49,8 @@ CONSTANTS = {"BASELINE": str, "ARMS": dict, "SEEDS": tuple, "METRIC": str, "MARG
 class Planned:
     """One run. point: the values taken from lists, as text.  config: what will run, resolved.
 
-    overrides: {key: text}, which make the study's file that configuration.
+    overrides: {key: text}, which make the study's file that configuration.  after: the run that it
+    begins with, in the same folder; its `start` is left out of both.
     """
 
     name: str
@@ -53,6 +59,7 @@ class Planned:
     seed: int
     overrides: Mapping[str, str]
     config: Mapping
+    after: str | None = None
 
     @property
     def steps(self) -> int:
@@ -78,14 +85,15 @@ class Study:
 
     def record(self) -> dict:
         """study.json, from which the report is written."""
-        kept = ("arm", "point", "seed", "overrides")
+        kept = ("arm", "point", "seed", "overrides", "after")
         runs = {run.name: {key: getattr(run, key) for key in kept} for run in self.runs}
         own = {"name": self.name, "title": self.title, "command": self.command}
         return own | {"rule": str(self.rule), "seeds": self.seeds, "runs": runs} | vars(self.rule)
 
     def arguments(self, run: Planned, workdir: pathlib.Path) -> list[str]:
         """Of `train`, for one of its runs."""
-        changes = [f"--config.{key}={text}" for key, text in run.overrides.items()]
+        start = {} if run.after is None else {"start": str(workdir / run.after)}
+        changes = [f"--config.{key}={text}" for key, text in (run.overrides | start).items()]
         return ["--config", self.path, "--workdir", str(workdir / run.name), *changes]
 
 
@@ -95,11 +103,20 @@ def read(path: str, overrides: Mapping[str, str]) -> Study:
     load(file)  # Says in a sentence what the file raises.
     said = _constants(file)
     rule = _rule(file, said)
-    resolve(path, overrides)
-    runs = []
-    for arm, own in said["ARMS"].items():
-        for values, tried in _points(own):
-            runs += _planned(path, overrides, arm, values, tried, said["SEEDS"])
+    idle = unused(path, overrides)
+    runs: list[Planned] = []
+    for setting, shared in (said["SETTINGS"] or {"": {}}).items():
+        for arm, own in said["ARMS"].items():
+            cell, parent = (
+                f"{x}@{setting}" if setting else x for x in (arm, said["AFTER"].get(arm))
+            )
+            before = {run.seed: run.name for run in runs if run.arm == parent}
+            for values, tried in _points(shared | own):
+                grid = cell, values, tried, said["SEEDS"], before
+                runs += _planned(path, overrides, shared.keys() - own.keys(), *grid)
+    for key, sentence in idle.items():
+        if not any(key in run.overrides for run in runs):
+            raise UsageError(sentence)
     names = [run.name for run in runs]
     if twice := [name for name in names if names.count(name) > 1]:
         raise UsageError(f"{file}: two runs are called {twice[0]}; make their values differ")
@@ -113,6 +130,7 @@ def _constants(file: pathlib.Path) -> dict:
     spec.loader.exec_module(module)
     said = {"doc": module.__doc__ or ""}
     said |= {name: getattr(module, name, value) for name, value in OPTIONAL.items()}
+    said |= {name: getattr(module, name, {}) for name in MAPPINGS}
     for name, kind in CONSTANTS.items():
         value = getattr(module, name, None)
         value = float(value) if kind is float and type(value) is int else value
@@ -131,7 +149,7 @@ def _rule(file: pathlib.Path, said: Mapping) -> Rule:
     for wrong in _wrong(said):
         raise UsageError(f"{file}: {wrong}")
     chosen = (said[name] for name in ("BASELINE", "METRIC", "MARGIN", "CLAIMS", *OPTIONAL))
-    rule = Rule(*chosen)
+    rule = Rule(*chosen, tuple(said["SETTINGS"]))
     paragraphs = (" ".join(part.split()) for part in re.split(r"\n\s*\n", said["doc"]))
     if f"RULE {rule}" not in paragraphs:
         raise UsageError(
@@ -161,6 +179,7 @@ def _wrong(said: Mapping) -> Iterator[str]:
         said["SEEDS"]
     ):
         yield f"SEEDS {said['SEEDS']} are not different integers"
+    yield from _wrong_mappings(said)
     if said["MARGIN"] < 0:
         yield f"MARGIN {said['MARGIN']:g} is below 0"
     if type(claims) is not dict or not claims:
@@ -173,6 +192,28 @@ def _wrong(said: Mapping) -> Iterator[str]:
             yield f"CLAIMS says {kind!r} of {arm}; it may say {' or '.join(map(repr, KINDS))}"
 
 
+def _wrong_mappings(said: Mapping) -> Iterator[str]:
+    """What SETTINGS and AFTER break, in sentences."""
+    arms, settings, after = said["ARMS"], said["SETTINGS"], said["AFTER"]
+    for name, held in (("SETTINGS", settings), ("AFTER", after)):
+        if type(held) is not dict:
+            yield f"{name} is {held!r}, not a dict"
+            return
+    for setting, shared in settings.items():
+        if type(setting) is not str or not NAMED.fullmatch(setting):
+            yield f"setting {setting!r} needs a name of letters, digits, _ and ."
+        elif type(shared) is not dict or "seed" in shared:
+            yield f"setting {setting} is {shared!r}, not a dict of keys other than seed"
+    names = list(arms)
+    for arm, parent in after.items():
+        if not {arm, parent} <= set(arms) or names.index(parent) >= names.index(arm):
+            yield f"AFTER lets {arm} go on from {parent}, which has to be an arm that stands before"
+        elif any(isinstance(value, list) for value in arms[parent].values()):
+            yield f"{arm} goes on from {parent}, which has to have one value of each key"
+        elif "start" in arms[arm]:
+            yield f"arm {arm} sets start, which AFTER does"
+
+
 def _points(own: Mapping) -> Iterator[tuple[dict, dict]]:
     """(all values of a point, those of them that come from lists)."""
     lists = {key: values for key, values in own.items() if isinstance(values, list)}
@@ -182,15 +223,29 @@ def _points(own: Mapping) -> Iterator[tuple[dict, dict]]:
 
 
 def _planned(
-    path: str, overrides: Mapping[str, str], arm: str, values: Mapping, tried: Mapping, seeds: tuple
+    path: str,
+    overrides: Mapping[str, str],
+    shared: Set[str],
+    arm: str,
+    values: Mapping,
+    tried: Mapping,
+    seeds: tuple,
+    before: Mapping[int, str],
 ) -> Iterator[Planned]:
-    """The runs of a point, which is resolved once: nothing else depends on the seed."""
+    """The runs of a point, which is resolved once: nothing else depends on the seed.
+
+    shared: keys that a setting gives to every arm. They and the overrides are left out where an arm
+    does not read them.  before: {seed: the run to begin with}.
+    """
     point = {key: spell(value) for key, value in tried.items()}
     name = "-".join([arm, *map(_label, point, point.values())])
     if taken := [key for key in overrides if key in (*values, "seed")]:
         raise UsageError(f"--config.{taken[0]} is set by the study; change it in {path}")
     texts = dict(overrides) | {key: spell(value) for key, value in values.items()}
     try:
+        idle = unused(path, texts).keys() & (overrides.keys() | shared)
+        texts = {key: text for key, text in texts.items() if key not in idle}
+        values = {key: value for key, value in values.items() if key not in idle}
         config = resolve(path, texts)
     except UsageError as error:
         raise UsageError(f"run {name}: {error}") from None
@@ -200,7 +255,8 @@ def _planned(
     for seed in seeds:
         own = {"seed": seed}
         full = texts | {"seed": str(seed)}
-        yield Planned(f"{name}-seed={seed}", arm, point, seed, full, config | own)
+        of_seed = full, config | own, before.get(seed)
+        yield Planned(f"{name}-seed={seed}", arm, point, seed, *of_seed)
 
 
 def _label(key: str, text: str) -> str:
@@ -217,16 +273,19 @@ def finished(study: Study, run: Planned, workdir: pathlib.Path) -> bool:
     if record is None:
         return False
     for header in record.headers:
-        if _plain(run.config) != header["config"]:
-            raise UsageError(f"{workdir / run.name} {_another(run, header)}")
+        planned, held = _plain(run.config), header["config"]
+        if run.after is not None:  # Folders may have been moved together.
+            planned |= {"start": run.after}
+            held = held | {"start": pathlib.Path(held["start"] or "").name}
+        if planned != held:
+            raise UsageError(f"{workdir / run.name} {_another(planned, held)}")
     if record.ended and study.rule.metric not in record.last:
         raise UsageError(f"{workdir / run.name} {lacks(record, study.rule.metric)}")
     return record.ended
 
 
-def _another(run: Planned, header: Mapping) -> str:
-    new = dict(leaves(_plain(run.config)))
-    old = dict(leaves(header["config"]))
+def _another(planned: Mapping, held: Mapping) -> str:
+    new, old = dict(leaves(planned)), dict(leaves(held))
     keys = [key for key in new | old if new.get(key, ...) != old.get(key, ...)]
     told = [f"{key} {old.get(key)!r}, now {new.get(key)!r}" for key in keys[:3]]
     more = f" and {len(keys) - 3} more" if len(keys) > 3 else ""

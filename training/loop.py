@@ -127,6 +127,9 @@ def run(job: Run) -> Outcome:
             if stop:
                 break
 
+        if steps == 0 and checkpoints.latest() is None:
+            save()  # what it begins with, which others may read
+
         # ------------------------------------------------------------ end
         if step < steps:
             return Outcome(state, step, stepped=True)

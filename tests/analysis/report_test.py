@@ -117,6 +117,61 @@ def test_flops_may_differ_as_far_as_the_rule_says(summary, tmp_path):
     ]
 
 
+def test_settings_are_judged_each_against_its_own_baseline(summary):
+    one = lambda *values: {"0.1": list(values)}
+    arms = {"old@a": one(2.0, 2.1, 2.2), "new@a": one(1.5, 1.61, 1.7), "half@a": one(1.8, 1.9, 2.0)}
+    arms |= {
+        "old@b": one(1.0, 1.1, 1.2),
+        "new@b": one(1.5, 1.6, 1.71),
+        "half@b": one(1.2, 1.3, 1.4),
+    }
+    claims = {"new": "better", "half": "better"}
+    found = summary(arms, settings=["a", "b"], baseline="old", claims=claims, toward="new")
+    told = {claim["said"]: claim["verdict"] for claim in found["claims"]}
+    assert told == {
+        "new@a is better than old@a": "confirmed",
+        "half@a is better than old@a": "confirmed",
+        "new@b is better than old@b": "refuted",
+        "half@b is better than old@b": "refuted",
+    }
+    text = report.markdown(found)
+    assert "by the means: half@a 40.3%." in text
+    assert "by the means: half@b 39.7%." in text
+    assert "with the same seed and setting" in text
+
+
+def test_what_differs_between_settings_is_no_difference(summary, tmp_path):
+    one = {"0.1": [2.0, 2.1, 2.2]}
+    arms = {f"{arm}@{setting}": one for setting in "ab" for arm in ("old", "new")}
+    given = dict(settings=["a", "b"], baseline="old", claims={"new": "better"})
+    summary(arms, **given)
+    data = written.CONFIG["data"] | {"length": 16}
+    for arm in ("old", "new"):
+        for seed in range(3):
+            name = f"{arm}@b-lr=0.1-seed={seed}"
+            rerun(tmp_path, name, config={"data": data}, flops_per_token={"visible": 900.0})
+    assert summarise(load(tmp_path))["differing"] == []
+    rerun(tmp_path, "new@a-lr=0.1-seed=2", config={"data": data})
+    assert len(summarise(load(tmp_path))["differing"]) == 2
+
+
+def test_tokens_of_runs_that_go_on_are_counted_together(summary, tmp_path):
+    one = {"0.1": [2.0, 2.1, 2.2]}
+    arms = {"old": one, "new": one, "before": one}
+    given = written.study(tmp_path, arms, claims={"new": "better"})
+    assert summarise(load(tmp_path))["differing"] == []
+    given["runs"]["new-lr=0.1-seed=1"]["after"] = "before-lr=0.1-seed=1"
+    (tmp_path / "study.json").write_text(json.dumps(given))
+    found = summarise(load(tmp_path))
+    assert [sentence.partition(":")[0] for sentence in found["differing"]] == ["tokens differ"]
+    assert "new from before; their tokens and FLOPs are counted together" in report.markdown(found)
+    # Nobody judges this arm, so it may differ.
+    del given["runs"]["new-lr=0.1-seed=1"]["after"]
+    given["runs"]["before-lr=0.1-seed=1"]["after"] = "old-lr=0.1-seed=1"
+    (tmp_path / "study.json").write_text(json.dumps(given))
+    assert summarise(load(tmp_path))["differing"] == []
+
+
 def test_how_batches_are_built_is_no_difference(summary, tmp_path):
     summary()
     data = written.CONFIG["data"] | {"micro_batches": 2, "prefetch": 0}
@@ -201,7 +256,7 @@ def test_the_same_runs_give_the_same_bytes(tmp_path):
 
 def test_the_picture_tells_arms_apart():
     arms = {f"arm{k}": None for k in range(20)}
-    styles = picture.style({"declared": {"baseline": "arm3"}, "arms": arms})
+    styles = picture.style(list(arms), "arm3")
     looks = [(look["color"], look["ls"]) for look in styles.values()]
     assert len(set(looks)) == len(arms)
     assert styles["arm3"] == {"color": picture.INK, "ls": "-"}

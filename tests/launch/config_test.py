@@ -102,7 +102,7 @@ def test_values_take_the_type_of_their_key(repository, key, text, value):
         ("optim.methods.sgd.momentum=0.5", ["no effect", "sgd", "optim.methods it uses adamw"]),
         ("data.transform.masked_lm.rate=0.5", ["no effect", "it uses nothing"]),
         ("optim.warmup_tokens=64 optim.warmup_fraction=0.5", ["no effect", "warmup_tokens=none"]),
-        ("steps=0", ["steps is 0", "greater than 0"]),
+        ("steps=-1", ["steps is -1", "must not be negative"]),
         ("data.length=-1", ["data.length is -1"]),
         ("model.layers=0", ["model.layers is 0"]),
         ("train.keep=0", ["train.keep is 0"]),

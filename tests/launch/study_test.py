@@ -5,7 +5,7 @@ import pytest
 from analysis.compare import Rule
 from launch import study
 from launch.schema import UsageError
-from tests.launch.sweep_test import ARMS, STUDY, sentence
+from tests.launch.sweep_test import ARMS, PAIR, STUDY, sentence
 
 
 @pytest.fixture
@@ -55,6 +55,54 @@ def test_claims_are_all_other_arms_unless_said(read):
     )
 
 
+MOMENTUM = "optim.methods.sgd.momentum"
+SETTINGS = {"short": {"data.length": 32}, "long": {"data.length": 64, MOMENTUM: 0.5}}
+IN_BOTH = Rule(
+    *("old", "validation/bits_per_byte", 0.01, {"new": "better"}), settings=("short", "long")
+)
+
+
+def test_every_arm_runs_in_every_setting_with_the_keys_that_it_reads(read):
+    arms = {"old": {"data.length": 48}, "new": {"optim.name": "sgd"}}
+    found = read(arms, rule=IN_BOTH, more=f"SETTINGS = {SETTINGS}")
+    assert "Claimed of short and long, each: new is better than old." in str(found.rule)
+    assert "with the same seed and setting" in str(found.rule)
+    assert str(found.rule).endswith("data order, tokens or FLOPs differ, in one setting.")
+    assert found.rule.judged == {"new@short": "better", "new@long": "better"}
+    assert [found.rule.base(arm) for arm in found.rule.judged] == ["old@short", "old@long"]
+    cells = {run.arm: run.config for run in found.runs if run.seed == 0}
+    assert list(cells) == ["old@short", "new@short", "old@long", "new@long"]
+    # An arm's own value wins over the setting's.
+    assert [config["data"]["length"] for config in cells.values()] == [48, 32, 48, 64]
+    assert cells["new@long"]["optim"]["methods"]["sgd"]["momentum"] == 0.5
+    assert MOMENTUM not in found.runs[4].overrides
+    assert found.runs[-1].name == "new@long-seed=1"
+    assert found.record()["settings"] == ("short", "long")
+
+
+def test_arms_go_on_from_the_run_of_the_same_seed_and_setting(read, tmp_path):
+    arms = {"taught": {}, "old": {}, "new": {"optim.lr": [0.1, 0.2]}}
+    settings = {name: {"data.length": length} for name, length in (("short", 32), ("long", 64))}
+    more = f"SETTINGS = {settings}; AFTER = {dict(old='taught', new='old')}"
+    found = read(arms, rule=IN_BOTH, more=f"{more}; CLAIMS = {IN_BOTH.claims}")
+    after = {run.name: run.after for run in found.runs}
+    assert after["taught@long-seed=1"] is None
+    assert after["old@long-seed=1"] == "taught@long-seed=1"
+    assert after["new@short-lr=0.2-seed=0"] == "old@short-seed=0"
+    run = next(run for run in found.runs if run.name == "new@short-lr=0.2-seed=0")
+    assert found.arguments(run, tmp_path)[-1] == f"--config.start={tmp_path}/old@short-seed=0"
+    assert found.record()["runs"][run.name]["after"] == run.after
+
+
+def test_an_override_that_no_arm_reads_is_refused(read):
+    arms = {"old": {}, "new": {"optim.name": "sgd"}}
+    found = read(arms, overrides={MOMENTUM: "0.5"})
+    given = {run.arm: MOMENTUM in run.overrides for run in found.runs}
+    assert given == {"old": False, "new": True}
+    with pytest.raises(UsageError, match=r"sgd.momentum has no effect, because"):
+        read(PAIR, overrides={MOMENTUM: "0.5"})
+
+
 def test_the_rule_may_be_wrapped(read):
     text = str(sentence(ARMS))
     assert read(rule=text.replace(". ", ".\n  ")).rule == sentence(ARMS)
@@ -91,6 +139,16 @@ def test_the_rule_may_be_wrapped(read):
         (
             dict(arms={"old": {}, "new": {"train.sample_prompt": "'x'"}}),
             "run new: train.sample_prompt cannot be \"'x'\"",
+        ),
+        (dict(more="SETTINGS = 3"), "SETTINGS is 3, not a dict"),
+        (dict(more="SETTINGS = {'a@b': {}}"), "setting 'a@b' needs a name"),
+        (dict(more="SETTINGS = {'a': {'seed': 1}}"), "not a dict of keys other than seed"),
+        (dict(more="AFTER = {'old': 'new'}"), "AFTER lets old go on from new, which has to be an"),
+        (dict(more="AFTER = {'new': 'x'}"), "AFTER lets new go on from x"),
+        (dict(more="AFTER = {'new': 'old'}"), "new goes on from old, which has to have one value"),
+        (
+            dict(more="AFTER = {'new': 'old'}", arms={"old": {}, "new": {"start": "x"}}),
+            "arm new sets start, which AFTER does",
         ),
         (dict(more="nonsense"), "line 13: NameError"),
     ],

@@ -155,6 +155,40 @@ def test_every_run_is_made_once_and_reported(call, write, tmp_path):
     assert f"uv run sweep {tmp_path}/study.py" in (tmp_path / "out" / "study.md").read_text()
 
 
+def test_runs_that_go_on_wait_for_those_before(call, write, tmp_path):
+    arms = {"old": {"optim.lr": 0.5}, "new": {"optim.lr": 0.25}, "last": {"optim.lr": 0.125}}
+    claims = {"new": "better"}
+    more = f"AFTER = {{'new': 'old', 'last': 'new'}}; CLAIMS = {claims}"
+    argv = (write(arms, rule=sentence(PAIR), more=more), "--parallel=2")
+    status, _, err = call(*argv, "--only=last*")
+    assert status == 1
+    assert "last-seed=0 did not begin: new-seed=0, from which it goes on, has not ended" in err
+    status, out, err = call(*argv)
+    assert status == 0, err
+    order = [line.split("  ")[0] for line in out.splitlines()[:6]]
+    runs = tmp_path / "runs"
+    for seed in (0, 1):
+        places = [order.index(f"{arm}-seed={seed}") for arm in arms]
+        assert places == sorted(places)
+        config = read(runs / f"last-seed={seed}").config
+        assert config["start"] == str(runs / f"new-seed={seed}")
+    # Tokens of the runs before are counted, so old and new are not compared.
+    assert "new is better than old: no verdict" in out
+    moved = runs.rename(tmp_path / "elsewhere")
+    moved.rename(runs)
+    assert call(*argv)[0] == 0
+
+
+def test_runs_do_not_begin_where_the_run_before_failed(call, write, tmp_path):
+    arms = {"old": {"optim.lr": 7.0}, "new": {"optim.lr": 0.25}}
+    more = f"AFTER = {{'new': 'old'}}; {ONE}"
+    status, out, err = call(write(arms, rule=sentence(PAIR), more=more))
+    assert status == 1
+    assert "old-seed=0 failed: train: this run is at its end" in err
+    assert "new-seed=0 did not begin: old-seed=0, from which it goes on, has not ended" in err
+    assert "2 failed; the same command tries them again" in out
+
+
 def test_finished_runs_are_skipped_and_the_report_is_the_same(call, write, tmp_path, monkeypatch):
     argv = (write(PAIR, more=ONE), "--config.steps=3")
     assert call(*argv)[0] == 0

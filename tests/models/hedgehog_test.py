@@ -9,6 +9,7 @@ from flax import nnx
 from models import transfer
 from models.context import Context
 from models.mixers.hedgehog import Mixer
+from models.mixers.linear_attention import Mixer as LinearAttention
 from models.param import Dims
 from pallas_kernels.flash_attention import flash_attention
 
@@ -186,6 +187,59 @@ def test_asked_to_imitate_it_gives_the_teachers_output_and_both_losses():
     assert set(aux) == {"attention_transfer", "teacher_entropy", "output_transfer"}
     error = np.mean(np.square(np.float64(teacher) - np.float64(student)), (2, 3)).sum()
     np.testing.assert_allclose(aux["output_transfer"], error, rtol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("own", "names"),
+    [
+        ({"features": "relu", "learned": True}, {"q_map", "k_map", "q_map_bias", "k_map_bias"}),
+        ({"features": "elu"}, set()),
+    ],
+)
+def test_other_linear_mixers_imitate_by_their_own_features(own, names):
+    """T2R's maps learn from the same loss, whose weights are those that the mixer then gives."""
+    dims = Dims(d_model=32, length=L, n_layers=2, base_d_model=32)
+    mixer = LinearAttention(dims, rngs=nnx.Rngs(0), heads=H, kv_heads=G, head_dim=K, **own)
+    graph, state = nnx.split(mixer)
+    x, ctx = jnp.float32(RNG.standard_normal((B, L, 32))), context()
+    taps = ("attention_transfer", "attention_weights")
+    _, aux = mixer(x, ctx.replace(taps=taps))
+    q, k, v = mixer.project(x, ctx)
+    student = np.einsum("bhij,bjhv->bihv", aux["student_weights"], np.repeat(v, H // G, 2))
+    np.testing.assert_allclose(student, mixer.attend(q, k, v, ctx)[0], **CLOSE)
+    assert aux["attention_transfer"] > aux["teacher_entropy"]
+    loss = lambda state: nnx.merge(graph, state)(x, ctx.replace(taps=taps))[1]["attention_transfer"]
+    gradient = nnx.to_flat_state(jax.jit(jax.grad(loss))(state))
+    assert {path[0] for path, leaf in gradient if np.any(leaf[...])} == names
+
+
+@pytest.mark.parametrize("window", [3, 21])
+def test_branches_are_what_is_left_of_the_sums(window):
+    """One branch alone divides by its own sum; a query with nothing before its window gets 0."""
+    mixer = build(window=window)
+    q, k, v = rows()
+    segments = np.repeat([[1] * 8 + [2] * 11 + [0] * 2], B, 0)
+    a = weights(mixer, "lolcats", q, k, segments)
+    inside = np.tril(np.ones((L, L)), 0) - np.tril(np.ones((L, L)), -window)
+    wide = np.repeat(np.float64(v), H // G, 2)
+    for branches, counted in (("window", inside), ("linear", 1 - inside)):
+        alone = build(window=window, branches=branches)
+        for name in ("q_map", "k_map", "mix"):
+            getattr(alone, name)[...] = getattr(mixer, name)[...]
+        left = a * counted
+        total = left.sum(-1, keepdims=True)
+        left = left / np.where(total > 0, total, 1)
+        exact = np.einsum("bhij,bjhv->bihv", left, wide)
+        o = np.asarray(alone.attend(q, k, v, context(segments))[0])
+        valid = (segments != 0)[..., None, None]
+        np.testing.assert_allclose(np.where(valid, o, 0), np.where(valid, exact, 0), **CLOSE)
+
+
+def test_unknown_branches_and_branches_of_no_hybrid_are_sentences():
+    with pytest.raises(ValueError, match="branches 'far' are unknown; known: both, window, linear"):
+        build(window=3, branches="far")
+    with pytest.raises(ValueError, match="branches 'linear' are those of a hybrid; give it a win"):
+        build(branches="linear")
 
 
 def test_only_maps_and_mix_learn_from_imitation():

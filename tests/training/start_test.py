@@ -7,12 +7,13 @@ import jax
 import numpy as np
 import pytest
 
+from analysis.records import read as read_record
 from models.layering import Layering
 from parallel import mesh as meshes
 from parallel.rules import spec
 from tests import tiny
 from tests.models.built import place as put
-from training import carry, resume, start
+from training import carry, loop, resume, start
 from training.checkpoint import Checkpoints
 from training.program import described, parameters
 
@@ -267,3 +268,23 @@ def test_another_tokenizer_is_refused(teacher):
     other = types.SimpleNamespace(fingerprint=lambda: "another", vocab_size=257)
     with pytest.raises(ValueError, match=r"another tokenizer, .* and another here"):
         start.opened(str(teacher[1]), other, lambda source: source)
+
+
+def test_a_run_of_no_steps_scores_what_it_begins_with(root, tmp_path):
+    plain = tiny.setup(root, steps=2, optim__lr=0.1)
+    with jax.set_mesh(plain.mesh):
+        trained = loop.run(tiny.run(plain, tmp_path / "plain"))
+    only = tiny.setup(
+        *(root,), steps=0, start=tmp_path / "plain", optim__schedule="cosine", train__eval_every=1
+    )
+    with jax.set_mesh(only.mesh):
+        job = tiny.run(only, tmp_path / "only")
+        outcome, again = loop.run(job), loop.run(job)
+    assert (outcome.step, outcome.stepped) == (0, False)
+    assert outcome.score == again.score == trained.score
+    record = read_record(tmp_path / "only")
+    assert record.ended
+    assert record.last["validation/loss"] == trained.score.loss
+    assert record.last["tokens"] == 0
+    kept, original = effective(only, tmp_path / "only"), effective(plain, tmp_path / "plain")
+    np.testing.assert_array_equal(kept["tokens"], original["tokens"])

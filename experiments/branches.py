@@ -1,0 +1,62 @@
+"""A converted hybrid's branches, each switched off at evaluation: does it hear the linear one?
+
+LoLCATs' hybrid (arXiv 2410.10254) joins softmax attention over a window with linear attention over
+all before it. arXiv 2510.05901 reports that hybrids of this kind may ignore the linear branch and
+run on the window alone. Here a teacher, softmax attention as in linear_text.py, takes 750 steps, is
+converted with a window (150 steps of the maps, 300 of the whole model), and what results is scored
+with both branches, with the window alone and with the linear branch alone, over two windows of 128
+tokens. No arm that leaves one out takes a step.
+
+RULE  Claimed of window_8 and window_32, each: window_only and linear_only are no worse than hybrid.
+Each arm stands at its grid point with the best mean of validation/bits_per_byte. Judged are its
+differences, arm minus hybrid, of runs with the same seed and setting: their mean and its two-sided
+95% t-interval. 'No worse' is confirmed if the interval lies below 0.02, refuted if it lies above 0
+and the mean is at least 0.02, and undecided otherwise. There is no verdict where data order, tokens
+or FLOPs differ, in one setting.
+
+COMMAND   uv run sweep experiments/branches.py
+COST      30 runs of at most 768,000 tokens, two at a time, one core each
+FULL      uv run sweep experiments/branches.py --config.data.source=tokens
+          --config.data.sources.tokens.path=corpora/wikitext103 --config.data.tokenizer=hf
+          --config.data.tokenizers.hf.path=corpora/wikitext103 --config.data.length=1024
+          --config.data.batch_size=32 --config.model.d_model=768 --config.model.layers=12
+          --config.model.mixers.attention.heads=12 --config.model.mixers.hedgehog.heads=12
+          --config.model.ffns.swiglu.width=2048 --config.model.dtype=bfloat16
+          --workdir runs/branches_full
+          (corpora/wikitext103 as `uv run tokenize` writes it; steps of the arms times 100, and
+          kv_heads of the mixers as heads)
+EXPECTED  as in experiments/results/branches.md
+"""
+
+from experiments import conversion
+
+BASELINE = "hybrid"
+HYBRID = {"model.pattern": ("hedgehog",)}
+MAPS = {"trainable": r".*mixer/((q|k)_map(_bias)?|mix)"}
+WINDOW = {"model.mixers.hedgehog.branches": "window"}
+LINEAR = {"model.mixers.hedgehog.branches": "linear"}
+ARMS = {
+    "teacher": {"model.pattern": ("attention",)},
+    "taught": HYBRID | conversion.TAUGHT | MAPS,
+    "hybrid": HYBRID | conversion.TUNED,
+    "window_only": HYBRID | WINDOW | {"steps": 0},
+    "linear_only": HYBRID | LINEAR | {"steps": 0},
+}
+AFTER = {
+    "taught": "teacher",
+    "hybrid": "taught",
+    "window_only": "hybrid",
+    "linear_only": "hybrid",
+}
+SETTINGS = {
+    "window_8": {"model.mixers.hedgehog.window": 8},
+    "window_32": {"model.mixers.hedgehog.window": 32},
+}
+CLAIMS = {"window_only": "no worse", "linear_only": "no worse"}
+SEEDS = (0, 1, 2)
+METRIC = "validation/bits_per_byte"
+MARGIN = 0.02
+
+
+def get_config():
+    return conversion.get_config()
