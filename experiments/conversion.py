@@ -17,7 +17,7 @@ and undecided otherwise. There is no verdict where data order or tokens differ, 
 more than 5%.
 
 COMMAND   uv run sweep experiments/conversion.py
-COST      57 runs of at most 768,000 tokens, two at a time, one core each
+COST      54 runs of at most 768,000 tokens, two at a time, one core each
 FULL      uv run sweep experiments/conversion.py --config.data.source=tokens
           --config.data.sources.tokens.path=corpora/wikitext103 --config.data.tokenizer=hf
           --config.data.tokenizers.hf.path=corpora/wikitext103 --config.data.length=1024

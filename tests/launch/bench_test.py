@@ -9,7 +9,7 @@ import jax
 import pytest
 
 from launch.bench import __main__ as command
-from launch.bench import host, measure, pair, standin
+from launch.bench import host, length, measure, pair, standin
 from launch.config import resolve
 from launch.files import ROOT
 
@@ -166,6 +166,33 @@ def test_what_is_not_understood_is_one_sentence(argv, said, capsys):
     error = capsys.readouterr().err
     assert said in error
     assert error.count("\n") == 1
+
+
+def test_the_exponent_is_the_slope_of_each_repetition():
+    lengths, scale = [100, 200, 400], [1e-3, 2.0]
+    times = [[scale[0] * L, scale[1] * L**2] for L in lengths]
+    assert length._exponents(lengths, times) == pytest.approx([1.0, 2.0])
+
+
+def test_lengths_beyond_the_peers_are_ours_alone():
+    report = length.bench(lengths="16,32,64", peer_most=32, heads=1, size=8, repetitions=2)
+    found = {row.what: (len(row.ours), len(row.peer)) for row in report.rows}
+    assert found["forward, 32 tokens"] == found["both, time over length"] == (2, 2)
+    assert found["both, 64 tokens"] == (2, 0)
+
+
+@pytest.mark.parametrize(
+    ("given", "said"),
+    [
+        (dict(lengths="1024"), "--lengths 1024 are not two or more numbers"),
+        (dict(lengths="8,x"), "--lengths 8,x are not two or more numbers"),
+        (dict(dtype="f8"), "there is no 'f8'"),
+        (dict(heads=0), "must be at least 1"),
+    ],
+)
+def test_lengths_that_cannot_be_timed_are_a_sentence(given, said):
+    with pytest.raises(pair.UsageError, match=said):
+        length.bench(**given)
 
 
 def test_help_lists_benchmarks_with_their_flags(capsys):

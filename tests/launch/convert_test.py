@@ -3,6 +3,7 @@
 import io
 import itertools
 import json
+import shutil
 import struct
 import sys
 import types
@@ -11,7 +12,7 @@ import jax
 import numpy as np
 import pytest
 
-from launch import convert, convert_pictures, converting, report
+from launch import convert, convert_pictures, converting, report, weights
 from launch.conversion import FLAGS
 from parallel import mesh as meshes
 from tests import tiny
@@ -238,3 +239,43 @@ def test_the_flags_are_explained():
     status, out, _ = call("--help")
     assert status == 0
     assert all(f"  --{name}" in out for name in FLAGS)
+
+
+def test_weights_of_a_study_s_runs_are_compared_with_softmax(teacher, converted, tmp_path, capsys):
+    folder = tmp_path / "study"
+    names = {"taught-seed=0": converted[0] / "transfer", "tuned-seed=1": converted[0] / "tuned"}
+    for name, run in (names | {"teacher-seed=0": teacher}).items():
+        shutil.copytree(run, folder / name)
+    told = {n: {"arm": n.partition("-")[0], "seed": int(n[-1])} for n in [*names, "teacher-seed=0"]}
+    (folder / "study.json").write_text(json.dumps({"runs": told}))
+    weights.main([str(folder), "--rows=2", "--tokens=24", f"--out={tmp_path / 'out'}"])
+    assert f"report: {tmp_path / 'out' / 'weights.md'}" in capsys.readouterr().out
+    held = json.loads((tmp_path / "out" / "weights.json").read_text())
+    assert {arm: list(seeds) for arm, seeds in held["arms"].items()} == {
+        "taught": ["0"], "tuned": ["1"],
+    }  # fmt: skip
+    taught = held["arms"]["taught"]["0"]
+    assert [x["layer"] for x in taught["heads"]] == [0] * 2 + [1] * 2
+    means = taught["means"]
+    assert 0 < means["teacher_entropy"] <= means["entropy"] <= np.log(24)
+    assert means["divergence"] > 0
+    assert means["monotonicity"] > 0.5  # its maps have learned to follow the scores
+    assert (tmp_path / "out" / "weights.png").is_file()
+
+
+@pytest.mark.parametrize(
+    ("argv", "said"),
+    [
+        (["nowhere"], "nowhere holds neither a study nor a run"),
+        (["nowhere", "--rows=0"], "--rows is 0 and must be at least 1"),
+        (["--rows=2"], "name the folder of a study or of a run first"),
+        (["TEACHER"], "has linear attention whose weights could be compared"),
+    ],
+)
+def test_weights_that_cannot_be_compared_are_a_sentence(argv, said, teacher, capsys):
+    with pytest.raises(SystemExit) as stopped:
+        weights.main([str(teacher) if x == "TEACHER" else x for x in argv])
+    assert stopped.value.code == 2
+    err = capsys.readouterr().err.strip().splitlines()[-1]
+    assert err.startswith("weights: ")
+    assert said in err
