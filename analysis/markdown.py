@@ -106,18 +106,23 @@ def _notes(summary: Mapping) -> list[str]:
 def _shares(summary: Mapping) -> Iterator[str]:
     """How far each arm comes on the way from the baseline to the arm `toward`."""
     means = {arm: x["spread"]["mean"] for arm, x in summary["arms"].items() if x["spread"]}
-    ends = [summary["declared"][name] for name in ("baseline", "toward")]
-    for _, at, setting in [x.partition("@") for x in summary["arms"] if x.startswith(ends[0])]:
-        base, goal = (f"{end}{at}{setting}" for end in ends)
-        if ends[1] is None or not {base, goal} <= set(means) or means[base] == means[goal]:
+    ends, claimed = (
+        [summary["declared"][name] for name in ("baseline", "toward")],
+        summary["claims"],
+    )
+    for base in means if ends[1] else ():
+        name, at, setting = base.partition("@")
+        goal = f"{ends[1]}{at}{setting}"
+        if name != ends[0] or means.get(goal, means[base]) == means[base]:
             continue
-        way = means[goal] - means[base]
+        way, beside = means[goal] - means[base], {x["arm"] for x in claimed} - {goal}
         shares = [
             f"{arm} {(mean - means[base]) / way:.1%}"
             for arm, mean in means.items()
-            if arm not in (base, goal) and arm.partition("@")[2] == setting
+            if arm in beside and arm.partition("@")[2] == setting
         ]
-        yield f"Of the way from {base} to {goal}, by the means: {listed(shares)}."
+        if shares:
+            yield f"Of the way from {base} to {goal}, by the means: {listed(shares)}."
 
 
 def _pairs(summary: Mapping) -> Iterator[tuple[str, ...]]:

@@ -28,17 +28,26 @@ FULL      uv run sweep experiments/branches.py --config.data.source=tokens
 EXPECTED  as in experiments/results/branches.md
 """
 
-from experiments import conversion
+from experiments import base
 
 BASELINE = "hybrid"
 HYBRID = {"model.pattern": ("hedgehog",)}
-MAPS = {"trainable": r".*mixer/((q|k)_map(_bias)?|mix)"}
+TAUGHT = {
+    "steps": 150,
+    "trainable": r".*mixer/((q|k)_map(_bias)?|mix)",
+    "loss.name": "attention_transfer",
+    "optim.lr": 1e-2,
+    "optim.weight_decay": 0.0,
+    "optim.warmup_fraction": 0.0,
+    "optim.schedule": "cosine",
+}
+TUNED = {"steps": 300, "optim.lr": 6e-4, "optim.schedule": "cosine"}
 WINDOW = {"model.mixers.hedgehog.branches": "window"}
 LINEAR = {"model.mixers.hedgehog.branches": "linear"}
 ARMS = {
     "teacher": {"model.pattern": ("attention",)},
-    "taught": HYBRID | conversion.TAUGHT | MAPS,
-    "hybrid": HYBRID | conversion.TUNED,
+    "taught": HYBRID | TAUGHT,
+    "hybrid": HYBRID | TUNED,
     "window_only": HYBRID | WINDOW | {"steps": 0},
     "linear_only": HYBRID | LINEAR | {"steps": 0},
 }
@@ -59,4 +68,21 @@ MARGIN = 0.02
 
 
 def get_config():
-    return conversion.get_config()
+    config = base.get_config()
+    config.steps = 750
+    config.data.batch_size = 8
+    config.data.length = 128
+    config.model.d_model = 128
+    config.model.layers = 4
+    config.model.mixers.attention = dict(heads=4, kv_heads=2)
+    config.model.mixers.hedgehog = dict(heads=4, kv_heads=2)
+    config.model.ffns.swiglu = dict(width=192)
+    config.optim.lr = 1.8e-3
+    config.optim.schedule = "wsd"
+    config.optim.schedules.wsd = dict(decay_fraction=0.3)
+    config.optim.warmup_fraction = 0.05
+    config.train.log_every = 25
+    config.train.eval_every = 75
+    config.train.eval_rows = 256
+    config.train.sample_tokens = 1
+    return config

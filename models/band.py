@@ -1,7 +1,5 @@
 """Softmax over a sliding window, left in its two terms so that others may join the denominator."""
 
-import functools
-
 import jax.numpy as jnp
 from jax.sharding import PartitionSpec
 from jaxtyping import Array, Bool, Float, Int
@@ -11,37 +9,40 @@ from pallas_kernels.linear_attention.features import dot
 from parallel.rules import spec
 
 # What a block's neighbour makes it need in one piece, by argument.
-WHOLE = {i: {1: f"length of {n}"} for i, n in enumerate(("q", "k", "v", "segments"))}
+NAMES = ("q", "k", "v", "q_segments", "kv_segments")
+WHOLE = {i: {1: f"length of {n}"} for i, n in enumerate(NAMES)}
 FLOOR = float(jnp.finfo(jnp.float32).min)
 Terms = tuple[Float[Array, "B L H V"], Float[Array, "B L H"]]
 
 
 def terms(
     q: Float[Array, "B L H K"],
-    k: Float[Array, "B L G K"],
-    v: Float[Array, "B L G V"],
-    segments: Int[Array, "B L"],
-    window: int,
+    k: Float[Array, "B S G K"],
+    v: Float[Array, "B S G V"],
+    q_segments: Int[Array, "B L"],
+    kv_segments: Int[Array, "B S"],
 ) -> Terms:
     """sum_j exp(s_ij - c_i) v_j and sum_j exp(s_ij - c_i), float32, over a query's own window.
 
-    s = q.k / sqrt(K) for the `window` tokens up to oneself, of one's document, and c_i the largest
-    of them. Both are 0 for padding. Computed in blocks of `window` queries against theirs and the
-    block before: the cost is 2 window a token.
+    The window is w = S - L tokens, of which keys and values have those before the first query; 0 is
+    the segment of what is not there. s = q.k / sqrt(K) for the w tokens up to oneself, of one's
+    document, and c_i the largest of them. Both are 0 for padding. Computed in blocks of w queries
+    against theirs and the block before: the cost is 2 w a token.
     """
     like_q = lambda q, *_: (q, PartitionSpec(*q[:3]))
-    run = functools.partial(_terms, window=window)
-    return dispatch.local(run, follow=like_q, whole=WHOLE)(q, k, v, segments)
+    return dispatch.local(_terms, follow=like_q, whole=WHOLE)(q, k, v, q_segments, kv_segments)
 
 
-def _terms(q, k, v, segments, window: int) -> Terms:
-    B, L, H, K = q.shape
-    G, w = k.shape[2], min(window, L)
+def _terms(q, k, v, q_segments, kv_segments) -> Terms:
+    (B, L, H, K), G = q.shape, k.shape[2]
+    w = k.shape[1] - L
     n = -(-L // w)
     fill = lambda x: jnp.pad(x, [(0, 0), (0, n * w - L)] + [(0, 0)] * (x.ndim - 2))
-    cut = lambda x, *rest: fill(x).reshape(B, n, w, *rest)
-    q, rows = cut(q, G, H // G, K), cut(segments)
-    k, v, columns = (_both(x) for x in (cut(k, G, K), cut(v, G, v.shape[3]), rows))
+    cut = lambda x, *rest: x.reshape(B, n, w, *rest)
+    # A block of keys after the one before it, [B n 2w ..].
+    both = lambda x: jnp.concatenate([cut(y, *x.shape[2:]) for y in (x[:, :-w], x[:, w:])], 2)
+    q, rows = cut(fill(q), G, H // G, K), cut(fill(q_segments))
+    k, v, columns = (both(fill(x)) for x in (k, v, kv_segments))
     distance = jnp.arange(w)[:, None] + w - jnp.arange(2 * w)[None]
     near = ((distance >= 0) & (distance < w))[None, None]
     seen = near & (rows[..., None] == columns[:, :, None]) & (columns != 0)[:, :, None]
@@ -65,12 +66,6 @@ def of_ring(q: Float[Array, "B 1 H K"], cache: dict[str, Array], seen: Bool[Arra
         B, 1, H, *rest, out_sharding=spec("batch", None, "heads", *[None] * len(rest))
     )
     return row(num, num.shape[-1]), row(jnp.sum(p, -1))
-
-
-def _both(blocks):
-    """Blocks [B n w ..] after those before them, [B n 2w ..]."""
-    before = jnp.concatenate([jnp.zeros_like(blocks[:, :1]), blocks[:, :-1]], 1)
-    return jnp.concatenate([before, blocks], 2)
 
 
 def _exponentials(s, seen):

@@ -47,7 +47,7 @@ def prefix(op: Callable, state_of: Callable, merge: Callable) -> Callable:
     """
 
     def call(rows, weights, state=None):
-        if not _divided(rows):
+        if not divided(rows):
             return op(rows, weights, state)
         run = functools.partial(_piece, op, state_of, merge)
         specs, out = (P(None, AXIS), P(), P()), (P(None, AXIS), P())
@@ -90,7 +90,7 @@ def linear(attend: Callable, state_of: Callable, merge: Callable) -> Callable:
     return call
 
 
-def _divided(rows: Any) -> bool:
+def divided(rows: Any) -> bool:
     """Whether a device holds a piece of the length only, by the rows' types."""
     mesh = jax.sharding.get_abstract_mesh()
     if mesh.empty or mesh.shape.get(AXIS, 1) == 1:
@@ -112,14 +112,14 @@ def _piece(op, state_of, merge, rows, weights, state):
 
 def _entering(own, merge, start):
     """The state before this piece, of pieces with the states `own` and `start` before them all."""
-    before, reach = _onward(own, 0, 1), 1  # over the last `reach` pieces, or all there are
+    before, reach = onward(own, 0, 1), 1  # over the last `reach` pieces, or all there are
     while reach < jax.lax.axis_size(AXIS) - 1:
-        before = merge(_onward(before, 1, reach), before)
+        before = merge(onward(before, 1, reach), before)
         reach *= 2
     return before if start is None else merge(start, before)
 
 
-def _onward(tree, first: int, by: int):
+def onward(tree, first: int, by: int):
     """Sent on by so many pieces from piece `first` and those after it; zeros where none comes."""
     pairs = [(i, i + by) for i in range(first, jax.lax.axis_size(AXIS) - by)]
     return jax.lax.ppermute(tree, AXIS, pairs)

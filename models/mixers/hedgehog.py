@@ -27,8 +27,8 @@ from models.context import Context
 from models.param import Dims, param
 from models.projections import Heads
 from models.recurrent import LinearMixer
-from pallas_kernels import dispatch
 from pallas_kernels.linear_attention import State
+from parallel.halo import halo
 from parallel.rules import spec
 
 FORMS = {"paper": "exp", "lolcats": "softmax", "fla": "joint"}
@@ -92,8 +92,6 @@ class Mixer(LinearMixer):
         self.form, self.f = FORMS[form], sizes.K if width is None else width
         self.implementation = implementation
         self.window, self.branches, shared = window, BRANCHES[branches], form == "fla"
-        if window is not None:
-            self.context = "none"  # its blocks need their neighbours
         maps = dict(fan_in=(1,), fan_out=(2,), stack=(0,), init=("identity",), decay=False)
         vector = dict(decay=False, group="bias")
         for name, heads in (("q", sizes.H), ("k", sizes.G)):
@@ -124,42 +122,40 @@ class Mixer(LinearMixer):
     def attend(self, q, k, v, ctx: Context, state: State | None = None) -> tuple[Array, State]:
         if self.window is None:
             return super().attend(q, k, v, ctx, state)
-        if dispatch.split(q, 1):
-            raise ValueError(
-                "a window needs whole rows: set mesh.context to 1, or model.mixers.hedgehog.window "
-                "to none"
-            )
-        segments, w = ctx.segment_ids, min(self.window, q.shape[1])
-        late = lambda x: jnp.pad(x, [(0, 0), (w, 0)] + [(0, 0)] * (x.ndim - 2))[:, : q.shape[1]]
+        rows, shared = (q, ctx.segment_ids), (k, v, ctx.segment_ids)
+        near, (k, v, left) = halo(_near, min(self.window, q.shape[1]))(rows, shared)
         # What leaves the window where the row has ended has not left it.
-        left = jnp.where(ctx.valid, late(segments), 0)
-        far = self.weigh(q, late(k), late(v), segments, left)
-        near = band.terms(q, k, v, segments, self.window)
+        left = jnp.where(ctx.valid, left, 0)
+        far = self.weigh(q, k, v, ctx.segment_ids, left)
         return self._join(near, *far[:2]).astype(q.dtype), far[2]
 
     def _join(self, near: band.Terms, o, total):
-        (num, weight), (inside, before) = near, self.branches
-        g = inside * jax.nn.sigmoid(self.mix[...]).reshape(1, 1, -1)
-        total = before * total
+        (num, weight), g = near, self._gate().reshape(1, 1, -1)
+        total = self.branches[1] * total
         both = g * weight + total
         o = g[..., None] * num + total[..., None] * o.astype(jnp.float32)
         return o / jnp.where(both > 0, both, 1.0)[..., None]
+
+    def _gate(self) -> Float[Array, "H"]:
+        """g of the window, of which nothing depends on mix where a branch is alone."""
+        nearby, before = self.branches
+        mixed = jax.nn.sigmoid(self.mix[...])
+        return mixed if nearby and before else jnp.full_like(mixed, nearby)
 
     def weights(self, q, k) -> transfer.Student:
         far = super().weights(q, k)
         if self.window is None:
             return far
         G, R = k.shape[2], q.shape[2] // k.shape[2]
-        nearby, before = self.branches
 
         def student(s, distance, rows):
             inside = ((distance >= 0) & (distance < self.window))[None, None, None]
             peak = jnp.max(jnp.where(inside, s, transfer.FLOOR), -1, keepdims=True)
-            g = jax.nn.sigmoid(self.mix[...]).reshape(
+            g = self._gate().reshape(
                 1, G, R, 1, 1, out_sharding=spec(None, "heads", None, None, None)
             )
-            near = nearby * g * jnp.exp(jnp.minimum(s - peak, 0.0))
-            return jnp.where(inside, near, before * far(s, distance, rows))
+            near = g * jnp.exp(jnp.minimum(s - peak, 0.0))
+            return jnp.where(inside, near, self.branches[1] * far(s, distance, rows))
 
         return student
 
@@ -204,3 +200,10 @@ class Mixer(LinearMixer):
         near = band.of_ring(q, slots, ring.held(now, T) >= 0)
         o = self._join(near, o, total).astype(q.dtype)
         return self.write(o, ctx), {"values": state.values, "keys": state.keys, **slots}
+
+
+def _near(rows, extended) -> tuple[band.Terms, tuple]:
+    """The window's terms, and keys, values and segments as they leave it."""
+    (q, segments), (k, v, around) = rows, extended
+    leaving = tuple(x[:, : q.shape[1]] for x in extended)
+    return band.terms(q, k, v, segments, around), leaving
