@@ -19,7 +19,7 @@ keys, in every run of a study (or in one run): their entropy, how far they are f
 whether they grow with the score. Writes weights.{md,json,png}. Runs without linear attention are
 passed over."""
 OPTIONS = {
-    "only": Key(str, None, True, (), "runs whose names match, such as '*_taught*'"),
+    "only": Key(str, None, True, (), "runs whose names match, such as '*_taught*,elu*'"),
     "rows": Key(int, 8, False, (), "held-out rows to read"),
     "tokens": Key(int, 128, False, (), "of each row, at most"),
     "out": Key(str, "experiments/results", False, (), "folder of the report"),
@@ -74,7 +74,9 @@ def found(given) -> dict[str, tuple[str, int, pathlib.Path]]:
         return {folder.name: (folder.name, 0, folder)}
     told = json.loads(study.read_text(encoding="utf-8"))["runs"]
     runs = {name: (run["arm"], run["seed"], folder / name) for name, run in told.items()}
-    chosen = {n: x for n, x in runs.items() if fnmatch.fnmatchcase(n, given.only or "*")}
+    patterns = (given.only or "*").split(",")
+    matches = lambda name: any(fnmatch.fnmatchcase(name, pattern) for pattern in patterns)
+    chosen = {name: run for name, run in runs.items() if matches(name)}
     if not chosen:
         raise UsageError(
             f"--only {given.only!r} matches none of the {len(runs)} runs; the first is called "

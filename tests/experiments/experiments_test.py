@@ -76,7 +76,9 @@ def test_study_resolves_and_states_its_rule(name):
     text = inspect.getdoc(importlib.import_module(f"experiments.{name}"))
     assert all(f"\n{word} " in text for word in ("RULE", "COMMAND", "COST", "FULL", "EXPECTED"))
     assert len(found.seeds) >= 3
-    assert len(set(map(str, (run.config for run in found.runs)))) == len(found.runs)
+    # Settings may differ in what an arm does not read.
+    made = {(run.arm.partition("@")[2], run.after, str(run.config)) for run in found.runs}
+    assert len(made) == len(found.runs)
 
 
 def test_baseline_of_the_optimizers_is_the_quickstart():
