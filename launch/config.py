@@ -9,7 +9,7 @@ import difflib
 import inspect
 import pathlib
 import re
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 
 from ml_collections import ConfigDict
 
@@ -59,13 +59,27 @@ def resolve(
     in experiments/.  overrides: {dotted key: text as on a command line}.  root: the repository
     whose methods are read. Raises UsageError, whose text is one sentence.
     """
-    draft = compose(path, overrides or {}, root)
+    return fitted(path, overrides or {}, (), root)[0]
+
+
+def fitted(
+    path: str, overrides: Mapping[str, str], optional: Collection[str], root: pathlib.Path = ROOT
+) -> tuple[dict, Mapping[str, str]]:
+    """The configuration as `resolve` gives it, and the overrides that it reads.
+
+    optional: keys that may be left out where nothing reads them.
+    """
+    draft = compose(path, overrides, root)
     used = used_methods(draft)
-    for _, sentence in _unused(draft, used):
+    idle = dict(_unused(draft, used))
+    if idle.keys() & set(optional):
+        kept = {key: x for key, x in overrides.items() if key not in idle or key not in optional}
+        return fitted(path, kept, (), root)
+    for sentence in idle.values():
         raise UsageError(sentence)
     config = _assemble(draft, used)
     check(config)
-    return config
+    return config, overrides
 
 
 def unused(path: str, overrides: Mapping[str, str]) -> dict[str, str]:

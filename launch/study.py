@@ -32,14 +32,14 @@ import re
 import shlex
 from collections.abc import Iterator, Mapping, Set
 
-from analysis.compare import KINDS, Rule
+from analysis.compare import Rule
 from analysis.records import read as read_run
 from analysis.studies import lacks
-from launch.config import resolve, unused
+from launch.config import fitted, unused
 from launch.files import find, leaves, load
 from launch.schema import UsageError, spell
+from launch.study_checks import wrong
 
-NAMED = re.compile(r"\w[\w.]*")
 OPTIONAL = {"HIGHER": False, "FLOPS": 0.0, "TOWARD": None}
 MAPPINGS = ("SETTINGS", "AFTER")  # that may be left out
 CONSTANTS = {"BASELINE": str, "ARMS": dict, "SEEDS": tuple, "METRIC": str, "MARGIN": float}
@@ -107,9 +107,8 @@ def read(path: str, overrides: Mapping[str, str]) -> Study:
     runs: list[Planned] = []
     for setting, shared in (said["SETTINGS"] or {"": {}}).items():
         for arm, own in said["ARMS"].items():
-            cell, parent = (
-                f"{x}@{setting}" if setting else x for x in (arm, said["AFTER"].get(arm))
-            )
+            cell = f"{arm}@{setting}" if setting else arm
+            parent = rule.beside(cell, said["AFTER"].get(arm, ""))
             before = {run.seed: run.name for run in runs if run.arm == parent}
             for values, tried in _points(shared | own):
                 grid = cell, values, tried, said["SEEDS"], before
@@ -146,8 +145,8 @@ def _constants(file: pathlib.Path) -> dict:
 
 def _rule(file: pathlib.Path, said: Mapping) -> Rule:
     """What the constants declare, which the docstring has to say in the same words."""
-    for wrong in _wrong(said):
-        raise UsageError(f"{file}: {wrong}")
+    for sentence in wrong(said):
+        raise UsageError(f"{file}: {sentence}")
     chosen = (said[name] for name in ("BASELINE", "METRIC", "MARGIN", "CLAIMS", *OPTIONAL))
     rule = Rule(*chosen, tuple(said["SETTINGS"]))
     paragraphs = (" ".join(part.split()) for part in re.split(r"\n\s*\n", said["doc"]))
@@ -157,61 +156,6 @@ def _rule(file: pathlib.Path, said: Mapping) -> Rule:
             f"own: RULE {rule}"
         )
     return rule
-
-
-def _wrong(said: Mapping) -> Iterator[str]:
-    """What the constants break, in sentences."""
-    arms, base, claims = said["ARMS"], said["BASELINE"], said["CLAIMS"]
-    for arm, own in arms.items():
-        if type(arm) is not str or not NAMED.fullmatch(arm):
-            yield f"arm {arm!r} needs a name of letters, digits, _ and ."
-        elif type(own) is not dict:
-            yield f"arm {arm} is {own!r}, not a dict of keys"
-        elif "seed" in own:
-            yield f"arm {arm} sets seed, which SEEDS does"
-        elif empty := [key for key, values in own.items() if values == []]:
-            yield f"arm {arm} has no value to try for {empty[0]}"
-    if base not in arms:
-        yield f"BASELINE {base!r} is none of the arms {', '.join(map(str, arms))}"
-    if said["TOWARD"] is not None and said["TOWARD"] not in arms:
-        yield f"TOWARD {said['TOWARD']!r} is none of the arms {', '.join(map(str, arms))}"
-    if any(type(x) is not int for x in said["SEEDS"]) or len(set(said["SEEDS"])) < len(
-        said["SEEDS"]
-    ):
-        yield f"SEEDS {said['SEEDS']} are not different integers"
-    yield from _wrong_mappings(said)
-    if said["MARGIN"] < 0:
-        yield f"MARGIN {said['MARGIN']:g} is below 0"
-    if type(claims) is not dict or not claims:
-        yield "there is no claim; CLAIMS is {arm: 'better'} or 'no worse', of arms but the baseline"
-        return
-    for arm, kind in claims.items():
-        if arm not in arms or arm == base:
-            yield f"CLAIMS names {arm!r}, which is no arm beside the baseline"
-        elif kind not in KINDS:
-            yield f"CLAIMS says {kind!r} of {arm}; it may say {' or '.join(map(repr, KINDS))}"
-
-
-def _wrong_mappings(said: Mapping) -> Iterator[str]:
-    """What SETTINGS and AFTER break, in sentences."""
-    arms, settings, after = said["ARMS"], said["SETTINGS"], said["AFTER"]
-    for name, held in (("SETTINGS", settings), ("AFTER", after)):
-        if type(held) is not dict:
-            yield f"{name} is {held!r}, not a dict"
-            return
-    for setting, shared in settings.items():
-        if type(setting) is not str or not NAMED.fullmatch(setting):
-            yield f"setting {setting!r} needs a name of letters, digits, _ and ."
-        elif type(shared) is not dict or "seed" in shared:
-            yield f"setting {setting} is {shared!r}, not a dict of keys other than seed"
-    names = list(arms)
-    for arm, parent in after.items():
-        if not {arm, parent} <= set(arms) or names.index(parent) >= names.index(arm):
-            yield f"AFTER lets {arm} go on from {parent}, which has to be an arm that stands before"
-        elif any(isinstance(value, list) for value in arms[parent].values()):
-            yield f"{arm} goes on from {parent}, which has to have one value of each key"
-        elif "start" in arms[arm]:
-            yield f"arm {arm} sets start, which AFTER does"
 
 
 def _points(own: Mapping) -> Iterator[tuple[dict, dict]]:
@@ -243,14 +187,11 @@ def _planned(
         raise UsageError(f"--config.{taken[0]} is set by the study; change it in {path}")
     texts = dict(overrides) | {key: spell(value) for key, value in values.items()}
     try:
-        idle = unused(path, texts).keys() & (overrides.keys() | shared)
-        texts = {key: text for key, text in texts.items() if key not in idle}
-        values = {key: value for key, value in values.items() if key not in idle}
-        config = resolve(path, texts)
+        config, texts = fitted(path, texts, overrides.keys() | shared)
     except UsageError as error:
         raise UsageError(f"run {name}: {error}") from None
     found = dict(leaves(config))
-    if changed := [key for key, value in values.items() if found[key] != value]:
+    if changed := [key for key, x in values.items() if key in texts and found[key] != x]:
         raise UsageError(f"run {name}: {changed[0]} cannot be {values[changed[0]]!r}")
     for seed in seeds:
         own = {"seed": seed}
