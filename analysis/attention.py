@@ -1,16 +1,17 @@
 """A picture of attention's weights: who attends to whom, head by head."""
 
 import io
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 
 
-def picture(columns: Mapping[str, np.ndarray], title: str) -> bytes:
+def picture(columns: Mapping[str, np.ndarray], title: str, heads: Sequence[int]) -> bytes:
     """A PNG with a column for each entry and a row for each head.
 
     columns: {what they are: weights `[H L L]`, a query's in a row}; small ones are made visible by
-    a square root. Raises ImportError, one sentence, where matplotlib is missing.
+    a scale of square roots.  heads: their numbers. Raises ImportError, one sentence, where
+    matplotlib is missing.
     """
     try:
         import matplotlib
@@ -21,14 +22,19 @@ def picture(columns: Mapping[str, np.ndarray], title: str) -> bytes:
         ) from None
     matplotlib.use("agg")
     from matplotlib import pyplot as plt
+    from matplotlib.colors import PowerNorm
 
     H = len(next(iter(columns.values())))
-    size = dict(figsize=(0.4 + 2.2 * len(columns), 0.6 + 2.2 * H), dpi=100)
+    size = dict(figsize=(1.2 + 2.2 * len(columns), 0.6 + 2.2 * H), dpi=100)
     figure, grid = plt.subplots(H, len(columns), squeeze=False, layout="constrained", **size)
-    for row, heads in enumerate(grid):
-        for axes, (name, weights) in zip(heads, columns.items(), strict=True):
-            axes.imshow(np.sqrt(weights[row]), vmin=0, vmax=1, cmap="magma", interpolation="none")
+    look = dict(norm=PowerNorm(0.5, 0, 1), cmap="magma", interpolation="none")
+    for row, (head, places) in enumerate(zip(heads, grid, strict=True)):
+        for axes, (name, weights) in zip(places, columns.items(), strict=True):
+            image = axes.imshow(weights[row], **look)
             axes.set(xticks=[], yticks=[], title=name if row == 0 else "")
+        places[0].set_ylabel(f"head {head}: queries", fontsize=8)
+    grid[-1, 0].set_xlabel("keys", fontsize=8)
+    figure.colorbar(image, ax=grid, label="weight", shrink=min(1.0, 2 / H))
     figure.suptitle(title)
     written = io.BytesIO()
     # Without the version that matplotlib would write into it.

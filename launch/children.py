@@ -9,7 +9,9 @@ import subprocess
 import sys
 from collections.abc import Sequence
 
-STEP = re.compile(rb'"step": (\d+)')
+STEP = re.compile(
+    rb'^\{"step": (\d+)', re.MULTILINE
+)  # of a row; a header may name steps of other runs
 # PR_SET_PDEATHSIG is 1: a run whose parent dies is told to save and end, even after a kill -9. It
 # is asked for by the run itself, because Python code between fork and exec is not safe.
 BOUND = (

@@ -50,17 +50,17 @@ def draw(job: Run, params: dict, out: pathlib.Path) -> None:
 def _write(folder: pathlib.Path, seen: dict, steps: int) -> None:
     events = EventFile(folder / "tb", 0)
     for layer, both in seen["before"].items():
-        teacher, before, after = map(_shown, (*both, seen["after"][layer][1]))
+        heads = _some(both[0].shape[1])
+        teacher, before, after = (x[0, heads] for x in (*both, seen["after"][layer][1]))
         name = f"layer_{layer:02d}"
         columns = {"teacher": teacher, "before": before, "after": after}
-        (folder / f"{name}.png").write_bytes(picture(columns, f"layer {layer}"))
+        (folder / f"{name}.png").write_bytes(picture(columns, f"layer {layer}", heads))
         for step, student in ((0, before), (steps, after)):
-            image = picture({"teacher": teacher, "student": student}, f"layer {layer}")
+            image = picture({"teacher": teacher, "student": student}, f"layer {layer}", heads)
             events.image(step, f"attention/{name}", image)
     events.close()
 
 
-def _shown(weights: np.ndarray) -> np.ndarray:
-    """A few heads `[h L L]` of the first row of `[B H L L]`."""
-    H = weights.shape[1]
-    return weights[0, np.linspace(0, H - 1, min(H, HEADS)).round().astype(int)]
+def _some(H: int) -> np.ndarray:
+    """Numbers of the heads that are shown, of H."""
+    return np.linspace(0, H - 1, min(H, HEADS)).round().astype(int)

@@ -1,5 +1,6 @@
 """The runs of a conversion, one after the other, and what came of them."""
 
+import contextlib
 import dataclasses
 import json
 import pathlib
@@ -15,9 +16,9 @@ from launch import conversion, convert_pictures, provenance, report, setup, trai
 from launch.config import resolve
 from launch.files import render
 from launch.schema import UsageError
-from training import loop, program, start
+from training import loop, program, resume, start
 from training.changes import Kind, by_kind, changes, told
-from training.checkpoint import Checkpoints
+from training.checkpoint import CheckpointError, Checkpoints
 from training.evaluate import Score, held_out
 
 STAGES = ("transfer", "tuned")
@@ -86,7 +87,17 @@ def convert(given: Mapping, overrides: Mapping[str, str], again: str) -> str:
             f"{out / 'tuned'} began with step {begun[1]['step']} of transfer, which would now end "
             f"at {stages['transfer']['steps']}; undo that or choose another --out"
         )
-    out.mkdir(parents=True, exist_ok=True)
+    with contextlib.ExitStack() as stack:
+        try:
+            stack.enter_context(resume.lock(out))
+        except CheckpointError:
+            raise ValueError(
+                f"another conversion is at work in {out}; wait for it or choose another --out"
+            ) from None
+        return _convert(plan, stages, teacher, out, given, again)
+
+
+def _convert(plan, stages: Mapping, teacher: pathlib.Path, out: pathlib.Path, given, again) -> str:
     for name, config in stages.items():
         (out / f"{name}.txt").write_text(render(config), encoding="utf-8")
     if given["print"]:

@@ -16,7 +16,7 @@ from launch import convert, convert_pictures, converting, report, weights
 from launch.conversion import FLAGS
 from parallel import mesh as meshes
 from tests import tiny
-from training import events, loop, metrics, start
+from training import events, loop, metrics, resume, start
 from training.checkpoint import Checkpoints
 
 
@@ -233,6 +233,14 @@ def test_commands_that_do_the_same(teacher, tmp_path):
         f"uv run train --config {tmp_path}/{name}.txt --workdir {tmp_path}/{name}"
         for name in ("transfer", "tuned")
     ]
+
+
+def test_two_at_once_are_refused(teacher, tmp_path):
+    with resume.lock(tmp_path):
+        status, said, err = call("--workdir", teacher, "--out", tmp_path, *SIZES)
+    assert (status, said) == (2, "")
+    assert f"another conversion is at work in {tmp_path}; wait for it" in err
+    assert [path.name for path in tmp_path.iterdir()] == ["lock"]
 
 
 def test_the_flags_are_explained():

@@ -426,3 +426,14 @@ def test_help(capsys):
     out = capsys.readouterr().out
     assert out.startswith("usage: uv run sweep experiments/NAME.py")
     assert all(f"  --{name}" in out for name in sweep.OPTIONS)
+
+
+def test_the_step_of_a_run_is_not_that_of_the_one_before_it(tmp_path):
+    child = object.__new__(children.Child)
+    child.folder = tmp_path
+    assert child.step == 0
+    (tmp_path / "metrics.jsonl").write_text('{"header": {"start": {"step": 300}}}\n')
+    assert child.step == 0
+    with (tmp_path / "metrics.jsonl").open("a") as file:
+        file.write('{"step": 7, "tokens": 3}\n{"step": 8, "tokens": 4}\n')
+    assert child.step == 8
