@@ -34,9 +34,8 @@ def draw(summary: Mapping, out: pathlib.Path) -> None:
     options = dict(figsize=(9.6, sum(tall)), dpi=150, layout="constrained", squeeze=False)
     figure, grid = plt.subplots(len(settings), 2, **ratios, **options)
     for row, (setting, styles) in zip(grid, settings.items(), strict=True):
-        name = f"{setting}: " if setting else ""
-        _curves(row[0], summary, styles, name)
-        _values(row[1], summary, styles, name)
+        _curves(row[0], summary, styles, f"{setting}: " if setting else "")
+        _values(row[1], summary, styles)
         for axes in row:
             axes.spines[["top", "right"]].set_visible(False)
     # Without the date and the version that matplotlib would write into it.
@@ -72,7 +71,7 @@ def _curves(axes, summary: Mapping, styles: Mapping, name: str) -> None:
 
     for arm, look in styles.items():
         band = summary["arms"][arm]["curve"]
-        if band["tokens"]:
+        if len(band["tokens"]) > 1:  # A single score is on the right, and no curve.
             axes.fill_between(
                 band["tokens"], band["low"], band["high"], color=look["color"], alpha=0.15, lw=0
             )
@@ -85,7 +84,7 @@ def _curves(axes, summary: Mapping, styles: Mapping, name: str) -> None:
     axes.xaxis.set_major_formatter(EngFormatter(sep=""))
 
 
-def _values(axes, summary: Mapping, styles: Mapping, name: str) -> None:
+def _values(axes, summary: Mapping, styles: Mapping) -> None:
     """The last value of every seed, its mean and range; the names tell which line is which."""
     for place, (arm, look) in enumerate(styles.items()):
         found = summary["arms"][arm]
@@ -108,7 +107,7 @@ def _values(axes, summary: Mapping, styles: Mapping, name: str) -> None:
     axes.margins(x=0.12)
     axes.grid(axis="x", color=QUIET, alpha=0.3, lw=0.6)
     of = " of all rows" if summary["scored_rows"] else ""
-    axes.set_title(f"{name}at the end{of}: seeds, range, mean", fontsize=9, loc="left", color=INK)
+    axes.set_title(f"at the end{of}: seeds, range, mean", fontsize=9, loc="left", color=INK)
     axes.set_xlabel(_words(summary["declared"]["metric"]))
 
 
