@@ -5,6 +5,8 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 
+from analysis.plotting import pyplot
+
 
 def picture(columns: Mapping[str, np.ndarray], title: str, heads: Sequence[int]) -> bytes:
     """A PNG with a column for each entry and a row for each head.
@@ -13,15 +15,7 @@ def picture(columns: Mapping[str, np.ndarray], title: str, heads: Sequence[int])
     a scale of square roots.  heads: their numbers. Raises ImportError, one sentence, where
     matplotlib is missing.
     """
-    try:
-        import matplotlib
-    except ImportError:
-        raise ImportError(
-            "matplotlib is not installed, so attention was not drawn; run `uv sync` for the "
-            "packages of development and the same command again"
-        ) from None
-    matplotlib.use("agg")
-    from matplotlib import pyplot as plt
+    plt = pyplot("attention")
     from matplotlib.colors import PowerNorm
 
     H = len(next(iter(columns.values())))

@@ -4,10 +4,10 @@ import textwrap
 from collections.abc import Iterable, Iterator, Mapping
 
 PAIRS = """\
-Each figure is an arm's run minus the run of {baseline} with the same {same}. The seed decides the
-initial parameters and the order of the data: such a pair reads the same rows in the same order, and
-begins with the same parameters where both have the same model. What makes a seed easier or harder
-for both cancels, and the interval is that of the paired t-test."""
+Each figure is an arm's run minus the run of {baseline} with the same {same}, of arms under a claim.
+The seed decides the initial parameters and the order of the data: such a pair reads the same rows
+in the same order, and begins with the same parameters where both have the same model. What makes a
+seed easier or harder for both cancels, and the interval is that of the paired t-test."""
 CHOICE = """\
 An arm's point was chosen by the best mean of the same metric over the same seeds, which flatters
 every arm with a grid, the baseline too. All points are under Grid and, run by run, in the JSON."""
@@ -122,12 +122,16 @@ def _shares(summary: Mapping) -> Iterator[str]:
             if arm in beside and arm.partition("@")[2] == setting
         ]
         if shares:
-            yield f"Of the way from {base} to {goal}, by the means: {listed(shares)}."
+            told = f"Of the way from {base} to {goal}, by the means: {listed(shares)}."
+            unclaimed = goal not in {x["arm"] for x in claimed}
+            free = f" No claim is on {goal}, so its data and FLOPs are not compared."
+            yield told + (free if unclaimed else "")
 
 
 def _pairs(summary: Mapping) -> Iterator[tuple[str, ...]]:
+    claimed = {claim["arm"] for claim in summary["claims"]}
     for arm, found in summary["arms"].items():
-        if "paired" in found:
+        if arm in claimed:
             pair = found["paired"]
             cells = [signed(pair["by_seed"].get(str(x))) for x in summary["declared"]["seeds"]]
             yield arm, *cells, signed(pair["mean"]), number(pair["sd"])

@@ -7,6 +7,8 @@ import pathlib
 import re
 from collections.abc import Mapping, Sequence
 
+from analysis.plotting import pyplot
+
 INK, QUIET = "#222222", "#9a9a9a"
 # Paul Tol's bright scheme, told apart by all common kinds of colour vision; lines differ as well.
 COLOURS = ("#4477AA", "#EE6677", "#228833", "#AA3377", "#CCBB44", "#66CCEE")
@@ -18,15 +20,7 @@ def draw(summary: Mapping, out: pathlib.Path) -> None:
 
     Raises ImportError, one sentence, where matplotlib is missing.
     """
-    try:
-        import matplotlib
-    except ImportError:
-        raise ImportError(
-            f"matplotlib is not installed, so {out} was not drawn; run `uv sync` for the packages "
-            "of development and ask for the report again"
-        ) from None
-    matplotlib.use("agg")
-    from matplotlib import pyplot as plt
+    plt = pyplot(str(out))
 
     settings = _settings(summary)
     tall = [1.6 + 0.36 * max(5, len(styles)) for styles in settings.values()]

@@ -26,7 +26,8 @@ def _data(record: Record) -> dict:
     return {key: x for key, x in record.config["data"].items() if key not in LAYOUT}
 
 
-# For runs of one seed these decide which rows they read, and in which order.
+# For runs of one seed these decide which rows they read, and in which order; a run that goes on
+# from another begins with the first row again.
 EQUAL = {
     "corpora": lambda record: sorted({head["fingerprint"] for head in record.headers}),
     "tokenizers": lambda record: record.headers[0]["tokenizer"],
@@ -40,18 +41,33 @@ def differences(study: Study) -> list[str]:
 
 
 def _differences(study: Study, compared: list[str]) -> Iterator[str]:
-    of_record = lambda of: lambda name: of(study.records[name])
-    facts = {what: of_record(of) for what, of in EQUAL.items()}
-    facts["tokens"] = lambda name: sum(map(tokens, study.chain(name)))
+    along = lambda of: lambda name: [of(record) for record in reversed(study.chain(name))]
+    text = lambda x: json.dumps(x, sort_keys=True)
+    facts = {what: lambda name, of=of: text(_short(along(of)(name))) for what, of in EQUAL.items()}
+    facts["tokens"] = lambda name: ", then ".join(map(str, along(tokens)(name)))
     for what, of in facts.items():
-        groups = groups_of(compared, lambda name, of=of: json.dumps(of(name), sort_keys=True))
+        groups = groups_of(compared, of)
         if len(groups) > 1:
             told = "; ".join(f"{text} in {_some(names)}" for text, names in groups.items())
             yield f"{what} differ: {told}"
-    each = {name: flops_per_token(study.records[name]) for name in compared}
+    each = {name: _flops_along(study, name) for name in compared}
     yield from _work(each, study.rule.flops)
     if unknown := [name for name, flops in each.items() if flops is None]:
         yield f"FLOPs are unknown of {_some(unknown)}"
+
+
+def _short(values: list) -> object:
+    """What each run of a chain has, once where it is the same."""
+    return values[0] if all(value == values[0] for value in values) else values
+
+
+def _flops_along(study: Study, name: str) -> float | None:
+    """FLOPs a token over all runs of a chain."""
+    each = [(tokens(record), flops_per_token(record)) for record in study.chain(name)]
+    total = sum(n for n, _ in each)
+    if None in (flops for _, flops in each):
+        return None
+    return sum(n * flops for n, flops in each) / total if total else each[0][1]
 
 
 def _work(each: Mapping[str, float | None], share: float) -> Iterator[str]:

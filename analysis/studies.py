@@ -52,7 +52,7 @@ class Study:
         record, metric = self.records[name], self.given["metric"]
         rows = [(row["tokens"], row[metric]) for row in record.rows if metric in row]
         partial = metric.startswith("validation/") and self.scored_rows is not None
-        return rows[:-1] if partial and record.ended and len(rows) > 1 else rows
+        return rows[:-1] if partial and record.ended else rows
 
     @property
     def scored_rows(self) -> int | None:
@@ -70,6 +70,13 @@ def load(folder: pathlib.Path) -> Study:
         raise ValueError(f"there is no {path}; `uv run sweep` writes it when it starts runs there")
     given = json.loads(path.read_text(encoding="utf-8"))
     found = {name: read(folder / name) for name in given["runs"]}
+    for name, run in given["runs"].items():
+        before = found.get(run.get("after"))
+        if before is not None and before.diverged is not None:
+            raise ValueError(
+                f"{run['after']} diverged at step {before.diverged}, so {name} cannot go on from "
+                "it and there is no report; change what it is trained with"
+            )
     missing = [name for name, record in found.items() if not _over(record)]
     if missing:
         raise ValueError(

@@ -59,12 +59,14 @@ def response(t: np.ndarray, a: np.ndarray) -> np.ndarray:
 def measured(layers: Mapping[int, tuple[np.ndarray, np.ndarray]]) -> dict:
     """What there is to say of one model, in types of JSON.
 
-    layers: {number: weights t and a `[B H L L]` of softmax and of the model}. Queries of padding,
-    which weigh nothing, are left out.
+    layers: {number: weights t and a `[B H L L]` of softmax and of the model}. Queries of padding
+    are left out, and those that weigh nothing, whose share is `unseeing`.
     """
-    heads, pooled = [], ([], [])
+    heads, pooled, counted, given = [], ([], []), 0, 0
     for layer, (t, a) in layers.items():
-        valid = t.sum(-1) > 0.5
+        valid = (t.sum(-1) > 0.5) & (a.sum(-1) > 0.5)
+        counted += valid.sum()
+        given += (t.sum(-1) > 0.5).sum()
         for head in range(t.shape[1]):
             own, of = (x[:, head][valid[:, head]] for x in (t, a))
             heads.append({"layer": layer, "head": head} | _figures(own, of))
@@ -72,7 +74,8 @@ def measured(layers: Mapping[int, tuple[np.ndarray, np.ndarray]]) -> dict:
             pooled[1].append(of)
     means = {name: float(np.nanmean([x[name] for x in heads])) for name in FIGURES}
     quartiles = response(*(np.concatenate(x) for x in pooled))
-    return {"means": means, "heads": heads, "response": quartiles.tolist()}
+    shares = {"unseeing": 1.0 - float(counted / given)}
+    return {"means": means | shares, "heads": heads, "response": quartiles.tolist()}
 
 
 FIGURES = {

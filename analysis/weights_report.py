@@ -8,6 +8,7 @@ import numpy as np
 
 from analysis.markdown import listed, table
 from analysis.picture import INK, QUIET
+from analysis.plotting import pyplot
 from analysis.weights import EDGES, FIGURES
 
 ABOUT = """\
@@ -28,12 +29,19 @@ def markdown(held: Mapping) -> str:
         "# weights",
         ABOUT.format(rows=facts["rows"], tokens=facts["tokens"]),
         table(("arm", *FIGURES.values()), rows),
+        *_unseeing(held),
         "![entropy and monotonicity of every arm](weights.png)",
         PICTURE,
         "## What ran",
         table(("", ""), [(name, _told(value)) for name, value in facts.items()]),
     ]
     return "\n\n".join(blocks) + "\n"
+
+
+def _unseeing(held: Mapping) -> list[str]:
+    shares = {arm: next(iter(x.values()))["means"]["unseeing"] for arm, x in _arms(held)}
+    told = [f"{arm} {share:.1%}" for arm, share in shares.items() if share]
+    return [f"Queries that weigh nothing are left out: {listed(told)}."] if told else []
 
 
 def _arms(held: Mapping):
@@ -54,15 +62,7 @@ def _spread(by_seed: Mapping, name: str) -> str:
 
 def draw(held: Mapping, out: pathlib.Path) -> None:
     """Raises ImportError, one sentence, where matplotlib is missing."""
-    try:
-        import matplotlib
-    except ImportError:
-        raise ImportError(
-            f"matplotlib is not installed, so {out} was not drawn; run `uv sync` for the packages "
-            "of development and the same command again"
-        ) from None
-    matplotlib.use("agg")
-    from matplotlib import pyplot as plt
+    plt = pyplot(str(out))
 
     arms = held["arms"]
     options = dict(squeeze=False, sharex="row", sharey="row", layout="constrained")

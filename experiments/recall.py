@@ -5,9 +5,10 @@ width 64: the first, the same in every arm, is softmax attention over a window o
 joins a key with its value; the second is the arm's mixer. Hedgehog (arXiv 2402.04347) in LoLCATs'
 form and the paper's, Based's Taylor map (arXiv 2402.18668) and 1+ELU (arXiv 2006.16236) hold the
 same number of state's elements in a setting, to 6%, but Taylor 17% and 19% fewer in the first two,
-for it has few sizes. Settings are two lengths, with 4 and 8 pairs, and states of about 550, 1,100
-and 2,100 numbers; softmax holds 4,096 and 8,192. Zoology itself compares at equal width, gives the
-first layer a short convolution, tries four rates and trains 64 epochs of 100,000 rows.
+for it has few sizes, and has no rotary positions, as published. Settings are two lengths, with 4
+and 8 pairs, and states of about 550, 1,100 and 2,100 numbers; softmax holds 4,096 and 8,192.
+Zoology itself compares at equal width, gives the first layer a short convolution, tries four rates
+and trains 64 epochs of 100,000 rows.
 
 RULE  Claimed of 32_tokens_0.5k, 32_tokens_1k and 64_tokens_2k, each: softmax, hedgehog,
 hedgehog_paper and taylor are better than elu. Each arm stands at its grid point with the best mean
@@ -19,9 +20,9 @@ in one setting.
 
 COMMAND   uv run sweep experiments/recall.py
 COST      45 runs of 2.5 or 6.1 million tokens, two at a time, one core each
-FULL      uv run sweep experiments/recall.py --config.data.sources.recall.vocab=8192
-          --config.model.vocab=8192 --config.data.batch_size=256 --config.model.d_model=128
-          --workdir runs/recall_full
+FULL      uv run sweep experiments/recall.py --config.data.tokenizer=symbols
+          --config.data.tokenizers.symbols.size=8192 --config.data.sources.recall.vocab=8192
+          --config.data.batch_size=256 --workdir runs/recall_full
           (Zoology's figure 2: settings of 64, 128, 256 and 512 tokens with 4, 8, 16 and 64 pairs,
           25,000 steps and four rates, which want setting in the file)
 EXPECTED  as in experiments/results/recall.md

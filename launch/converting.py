@@ -153,9 +153,13 @@ def _refuse_another(folder: pathlib.Path, config: Mapping) -> dict | None:
     record = read_record(folder)
     if record is None:
         return None
-    kinds = by_kind(changes(record.headers[-1]["config"], json.loads(json.dumps(config))))
+    changed = changes(record.headers[0]["config"], json.loads(json.dumps(config)))
+    kinds = by_kind(changed)
     del kinds[Kind.HARMLESS]
-    if other := {key: both for changed in kinds.values() for key, both in changed.items()}:
+    other = {key: both for changed in kinds.values() for key, both in changed.items()}
+    if len({pathlib.Path(x).resolve() for x in changed.get("start", [])}) > 1:
+        other["start"] = changed["start"]
+    if other:
         raise ValueError(
             f"{folder} holds a run of another conversion{told(other)}; undo that or choose another "
             "--out"

@@ -33,6 +33,7 @@ import shlex
 from collections.abc import Iterator, Mapping, Set
 
 from analysis.compare import Rule
+from analysis.records import Record
 from analysis.records import read as read_run
 from analysis.studies import lacks
 from launch.config import fitted, unused
@@ -220,9 +221,22 @@ def finished(study: Study, run: Planned, workdir: pathlib.Path) -> bool:
             held = held | {"start": pathlib.Path(held["start"] or "").name}
         if planned != held:
             raise UsageError(f"{workdir / run.name} {_another(planned, held)}")
+    _refuse_older(study, run, record, workdir)
     if record.ended and study.rule.metric not in record.last:
         raise UsageError(f"{workdir / run.name} {lacks(record, study.rule.metric)}")
     return record.ended
+
+
+def _refuse_older(study: Study, run: Planned, record: Record, workdir: pathlib.Path) -> None:
+    """Raises UsageError for a run that began before the run that it goes on from was made anew."""
+    parent = None if run.after is None else read_run(workdir / run.after)
+    if run.after is None or not record.rows:
+        return
+    if parent is None or max(row["time"] for row in parent.rows) > record.rows[0]["time"]:
+        raise UsageError(
+            f"{workdir / run.name} is older than {run.after}, from which it goes on; delete the "
+            "folder, and those of runs that go on from it"
+        )
 
 
 def _another(planned: Mapping, held: Mapping) -> str:

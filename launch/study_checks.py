@@ -53,6 +53,8 @@ def _wrong_mappings(said: Mapping) -> Iterator[str]:
             yield f"setting {setting!r} needs a name of letters, digits, _ and ."
         elif type(shared) is not dict or "seed" in shared:
             yield f"setting {setting} is {shared!r}, not a dict of keys other than seed"
+        elif lists := [key for key, value in shared.items() if isinstance(value, list)]:
+            yield f"setting {setting} lists values of {lists[0]}, which only arms may"
     names = list(arms)
     for arm, parent in after.items():
         if not {arm, parent} <= set(arms) or names.index(parent) >= names.index(arm):

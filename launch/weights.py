@@ -8,17 +8,19 @@ import shlex
 import sys
 from collections.abc import Mapping, Sequence
 
+from analysis.records import read as read_record
 from analysis.report import finite
 from launch import flags, platform
 from launch.schema import Key, UsageError
+from launch.usage import plain_usage
 
-USAGE = "usage: uv run weights runs/STUDY [--FLAG=VALUE ...]"
 ABOUT = """\
 Compares the weights of linear attention with those of softmax attention for the same queries and
 keys, in every run of a study (or in one run): their entropy, how far they are from softmax's, and
 whether they grow with the score. Writes weights.{md,json,png}. Runs without linear attention are
 passed over."""
 OPTIONS = {
+    "workdir": Key(str, None, True, (), "folder of a study or of a run, which may stand alone"),
     "only": Key(str, None, True, (), "runs whose names match, such as '*_taught*,elu*'"),
     "rows": Key(int, 8, False, (), "held-out rows to read"),
     "tokens": Key(int, 128, False, (), "of each row, at most"),
@@ -31,7 +33,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     """Exits with 2 and one sentence for what the user can mend."""
     argv = list(sys.argv[1:] if argv is None else argv)
     if not argv or {"--help", "-h"} & set(argv):
-        print(usage(), end="")
+        print(plain_usage("weights", ABOUT, OPTIONS), end="")
         raise SystemExit(0 if argv else 2)
     own = argv if argv[0].startswith("-") else [f"--workdir={argv[0]}", *argv[1:]]
     given = flags.parse(own, prog="weights", flags=OPTIONS, needs_config=False).flags
@@ -49,16 +51,6 @@ def main(argv: Sequence[str] | None = None) -> None:
         print(write(held, pathlib.Path(given.out)))
 
 
-def usage() -> str:
-    """What --help prints."""
-    lines = [USAGE, "", ABOUT, "", "flags:"]
-    for name, key in OPTIONS.items():
-        value = "" if key.kind is bool else f"={key.kind.__name__.upper()}"
-        default = "" if key.default in (None, False) else f" (default {key.default})"
-        lines.append(f"  {f'--{name}{value}':<16} {key.comment}{default}")
-    return "\n".join(lines) + "\n"
-
-
 def found(given) -> dict[str, tuple[str, int, pathlib.Path]]:
     """{run: its arm, its seed and its folder}. Raises UsageError, one sentence."""
     if given.workdir is None:
@@ -72,8 +64,11 @@ def found(given) -> dict[str, tuple[str, int, pathlib.Path]]:
         if not (folder / "metrics.jsonl").is_file():
             raise UsageError(f"{folder} holds neither a study nor a run")
         return {folder.name: (folder.name, 0, folder)}
-    told = json.loads(study.read_text(encoding="utf-8"))["runs"]
-    runs = {name: (run["arm"], run["seed"], folder / name) for name, run in told.items()}
+    try:
+        told = json.loads(study.read_text(encoding="utf-8"))["runs"]
+        runs = {name: (_point(run), run["seed"], folder / name) for name, run in told.items()}
+    except (ValueError, KeyError, TypeError):
+        raise UsageError(f"{study} is damaged; `uv run sweep` writes it anew") from None
     patterns = (given.only or "*").split(",")
     matches = lambda name: any(fnmatch.fnmatchcase(name, pattern) for pattern in patterns)
     chosen = {name: run for name, run in runs.items() if matches(name)}
@@ -82,7 +77,23 @@ def found(given) -> dict[str, tuple[str, int, pathlib.Path]]:
             f"--only {given.only!r} matches none of the {len(runs)} runs; the first is called "
             f"{next(iter(runs))}, and * stands for anything"
         )
+    if unfinished := [name for name, (_, _, path) in chosen.items() if not _ended(path)]:
+        raise UsageError(
+            f"{len(unfinished)} of {len(chosen)} runs have not ended, {unfinished[0]} for one; "
+            "`uv run sweep` goes on with them, or leave them out by --only"
+        )
     return chosen
+
+
+def _point(run: Mapping) -> str:
+    """The arm, with what was tried in it."""
+    values = (f"{key.rpartition('.')[2]}={text}" for key, text in run.get("point", {}).items())
+    return " ".join([run["arm"], *values])
+
+
+def _ended(folder: pathlib.Path) -> bool:
+    record = read_record(folder)
+    return record is not None and record.ended
 
 
 def measure(runs: Mapping, given, command: str) -> dict:
@@ -118,12 +129,11 @@ def measure(runs: Mapping, given, command: str) -> dict:
 
 def _weights(folder: pathlib.Path, given):
     """Weights by layer, the commit that trained the run, and the device here."""
-    from analysis.records import read
     from launch import setup
     from launch.attention import reporter
 
     built, params, _ = setup.reopen(str(folder), trust=given.trust)
-    header = read(folder).headers[-1]
+    header = read_record(folder).headers[-1]
     device = built.mesh.devices.flat[0].device_kind
     sizes = dict(rows=given.rows, tokens=given.tokens)
     report = reporter(built.program, built.data, built.mesh, built.config["model"], **sizes)

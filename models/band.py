@@ -26,8 +26,8 @@ def terms(
 
     The window is w = S - L tokens, of which keys and values have those before the first query; 0 is
     the segment of what is not there. s = q.k / sqrt(K) for the w tokens up to oneself, of one's
-    document, and c_i the largest of them. Both are 0 for padding. Computed in blocks of w queries
-    against theirs and the block before: the cost is 2 w a token.
+    document, and c_i the largest of them. Both are 0 for padding. Computed in blocks of min(w, L)
+    queries against theirs and the w before: the cost is at most 2 w a token.
     """
     like_q = lambda q, *_: (q, PartitionSpec(*q[:3]))
     return dispatch.local(_terms, follow=like_q, whole=WHOLE)(q, k, v, q_segments, kv_segments)
@@ -36,21 +36,23 @@ def terms(
 def _terms(q, k, v, q_segments, kv_segments) -> Terms:
     (B, L, H, K), G = q.shape, k.shape[2]
     w = k.shape[1] - L
-    n = -(-L // w)
-    fill = lambda x: jnp.pad(x, [(0, 0), (0, n * w - L)] + [(0, 0)] * (x.ndim - 2))
-    cut = lambda x, *rest: x.reshape(B, n, w, *rest)
-    # A block of keys after the one before it, [B n 2w ..].
-    both = lambda x: jnp.concatenate([cut(y, *x.shape[2:]) for y in (x[:, :-w], x[:, w:])], 2)
+    C = min(w, L)
+    n = -(-L // C)
+    fill = lambda x: jnp.pad(x, [(0, 0), (0, n * C - L)] + [(0, 0)] * (x.ndim - 2))
+    cut = lambda x, *rest: x.reshape(B, n, C, *rest)
+    # A block of keys after the w before it, [B n w+C ..]; a row shorter than the window is one.
+    pair = lambda x: jnp.concatenate([cut(y, *x.shape[2:]) for y in (x[:, :-w], x[:, w:])], 2)
+    both = pair if w == C else lambda x: x[:, None]
     q, rows = cut(fill(q), G, H // G, K), cut(fill(q_segments))
     k, v, columns = (both(fill(x)) for x in (k, v, kv_segments))
-    distance = jnp.arange(w)[:, None] + w - jnp.arange(2 * w)[None]
+    distance = jnp.arange(C)[:, None] + w - jnp.arange(w + C)[None]
     near = ((distance >= 0) & (distance < w))[None, None]
     seen = near & (rows[..., None] == columns[:, :, None]) & (columns != 0)[:, :, None]
     s = dot("bnigrk,bnjgk->bngrij", q, k) * K**-0.5
     p = _exponentials(s, seen[:, :, None, None])
     num = dot("bngrij,bnjgv->bnigrv", p.astype(v.dtype), v)
     total = jnp.einsum("bngrij->bnigr", p)
-    join = lambda x: x.reshape(B, n * w, H, *x.shape[5:])[:, :L]
+    join = lambda x: x.reshape(B, n * C, H, *x.shape[5:])[:, :L]
     return join(num), join(total)
 
 

@@ -27,7 +27,7 @@ class Kind(enum.Enum):
 # The first pattern that matches a whole key decides. Sources are harmless because the corpus has
 # its fingerprint; of a domain, all but what is the mixture's belongs to its source.
 KINDS = (
-    (r"steps|zero|train\..*|mesh\..*|model\.(remat|unroll)", Kind.HARMLESS),
+    (r"steps|start|zero|train\..*|mesh\..*|model\.(remat|unroll)", Kind.HARMLESS),
     (r"data\.(batch_size|micro_batches|prefetch|workers)", Kind.HARMLESS),
     (r"data\.(source|sources\..*)", Kind.HARMLESS),
     (r"data\.domains\..*\.(source|weight|schedule|epochs)", Kind.CORPUS),

@@ -11,28 +11,7 @@ from analysis import picture, report
 from analysis.studies import load
 from analysis.summary import POINTS, at_edge, summarise, thinned
 from tests.analysis import written
-
-OLD = {"0.1": [2.00, 2.10, 2.20], "0.2": [2.50, 2.60, 2.70]}
-NEW = {"0.1": [1.99, 2.00, 2.01], "0.2": [1.90, 2.01, 2.09], "0.4": [1.80, 1.90, 3.00]}
-VALUES = {"old": OLD, "new": NEW}
-
-
-@pytest.fixture
-def summary(tmp_path):
-    """summary(values, **changes of study.json)."""
-
-    def make(values=VALUES, **changes):
-        written.study(tmp_path, values, **changes)
-        return summarise(load(tmp_path))
-
-    return make
-
-
-def rerun(folder, name, value=2.0, **changes):
-    """A run of the study in other circumstances."""
-    arm, seed = name.partition("-")[0], int(name.rpartition("=")[2])
-    own = {"seed": seed, "optim": {"name": arm, "lr": 0.1}} | changes.pop("config", {})
-    written.run(folder / name, value, config=own, **changes)
+from tests.analysis.written import NEW, OLD, VALUES
 
 
 def test_points_means_and_differences(summary):
@@ -89,7 +68,7 @@ def test_higher_may_be_better(summary):
 )
 def test_what_cannot_be_compared_gets_no_verdict(summary, tmp_path, changes, told):
     summary()
-    rerun(tmp_path, "new-lr=0.1-seed=2", **changes)
+    written.rerun(tmp_path, "new-lr=0.1-seed=2", **changes)
     found = summarise(load(tmp_path))
     assert any(told in sentence for sentence in found["differing"]), found["differing"]
     assert [claim["verdict"] for claim in found["claims"]] == [None]
@@ -109,79 +88,24 @@ def test_the_share_of_the_way_to_an_arm_is_told(summary):
 
 def test_flops_may_differ_as_far_as_the_rule_says(summary, tmp_path):
     summary(flops=0.01)
-    rerun(tmp_path, "new-lr=0.1-seed=2", flops_per_token={"visible": 605.0})
+    written.rerun(tmp_path, "new-lr=0.1-seed=2", flops_per_token={"visible": 605.0})
     assert summarise(load(tmp_path))["differing"] == []
-    rerun(tmp_path, "new-lr=0.1-seed=2", flops_per_token={"visible": 607.0})
+    written.rerun(tmp_path, "new-lr=0.1-seed=2", flops_per_token={"visible": 607.0})
     assert summarise(load(tmp_path))["differing"] == [
         "FLOPs a token differ: 600 in old-lr=0.1-seed=0; 607 in new-lr=0.1-seed=2"
     ]
 
 
-def test_settings_are_judged_each_against_its_own_baseline(summary):
-    one = lambda *values: {"0.1": list(values)}
-    arms = {"old@a": one(2.0, 2.1, 2.2), "new@a": one(1.5, 1.61, 1.7), "half@a": one(1.8, 1.9, 2.0)}
-    arms |= {
-        "old@b": one(1.0, 1.1, 1.2),
-        "new@b": one(1.5, 1.6, 1.71),
-        "half@b": one(1.2, 1.3, 1.4),
-    }
-    claims = {"new": "better", "half": "better"}
-    found = summary(arms, settings=["a", "b"], baseline="old", claims=claims, toward="new")
-    told = {claim["said"]: claim["verdict"] for claim in found["claims"]}
-    assert told == {
-        "new@a is better than old@a": "confirmed",
-        "half@a is better than old@a": "confirmed",
-        "new@b is better than old@b": "refuted",
-        "half@b is better than old@b": "refuted",
-    }
-    text = report.markdown(found)
-    assert "by the means: half@a 40.3%." in text
-    assert "by the means: half@b 39.7%." in text
-    assert "with the same seed and setting" in text
-
-
-def test_what_differs_between_settings_is_no_difference(summary, tmp_path):
-    one = {"0.1": [2.0, 2.1, 2.2]}
-    arms = {f"{arm}@{setting}": one for setting in "ab" for arm in ("old", "new")}
-    given = dict(settings=["a", "b"], baseline="old", claims={"new": "better"})
-    summary(arms, **given)
-    data = written.CONFIG["data"] | {"length": 16}
-    for arm in ("old", "new"):
-        for seed in range(3):
-            name = f"{arm}@b-lr=0.1-seed={seed}"
-            rerun(tmp_path, name, config={"data": data}, flops_per_token={"visible": 900.0})
-    assert summarise(load(tmp_path))["differing"] == []
-    rerun(tmp_path, "new@a-lr=0.1-seed=2", config={"data": data})
-    assert len(summarise(load(tmp_path))["differing"]) == 2
-
-
-def test_tokens_of_runs_that_go_on_are_counted_together(summary, tmp_path):
-    one = {"0.1": [2.0, 2.1, 2.2]}
-    arms = {"old": one, "new": one, "before": one}
-    given = written.study(tmp_path, arms, claims={"new": "better"})
-    assert summarise(load(tmp_path))["differing"] == []
-    given["runs"]["new-lr=0.1-seed=1"]["after"] = "before-lr=0.1-seed=1"
-    (tmp_path / "study.json").write_text(json.dumps(given))
-    found = summarise(load(tmp_path))
-    assert [sentence.partition(":")[0] for sentence in found["differing"]] == ["tokens differ"]
-    assert "new from before; their tokens and FLOPs are counted together" in report.markdown(found)
-    # Nobody judges this arm, so it may differ.
-    del given["runs"]["new-lr=0.1-seed=1"]["after"]
-    given["runs"]["before-lr=0.1-seed=1"]["after"] = "old-lr=0.1-seed=1"
-    (tmp_path / "study.json").write_text(json.dumps(given))
-    assert summarise(load(tmp_path))["differing"] == []
-
-
 def test_how_batches_are_built_is_no_difference(summary, tmp_path):
     summary()
     data = written.CONFIG["data"] | {"micro_batches": 2, "prefetch": 0}
-    rerun(tmp_path, "new-lr=0.1-seed=2", config={"data": data})
+    written.rerun(tmp_path, "new-lr=0.1-seed=2", config={"data": data})
     assert summarise(load(tmp_path))["differing"] == []
 
 
 def test_runs_of_several_commits_are_named(summary, tmp_path):
     assert "| commit | abc |" in report.markdown(summary())
-    rerun(tmp_path, "new-lr=0.1-seed=2", commit="def+changes")
+    written.rerun(tmp_path, "new-lr=0.1-seed=2", commit="def+changes")
     text = report.markdown(summarise(load(tmp_path)))
     assert "def+changes: new-lr=0.1-seed=2" in text
     assert "abc: old-lr=0.1-seed=0, " in text
@@ -228,7 +152,7 @@ def test_curves_hold_scores_of_the_same_rows(summary, tmp_path):
     assert found["runs"]["old-lr=0.1-seed=0"]["value"] == 2.0
     train = {"train": {"eval_rows": None}}
     for name in found["runs"]:
-        rerun(tmp_path, name, config=train)
+        written.rerun(tmp_path, name, config=train)
     assert summarise(load(tmp_path))["arms"]["old"]["curve"]["tokens"][-1] == 1280
 
 

@@ -60,6 +60,18 @@ def test_padding_counts_for_nothing(pair):
     assert [(x["layer"], x["head"]) for x in whole["heads"]] == [(1, h) for h in range(H)]
 
 
+def test_queries_that_weigh_nothing_are_left_out_and_counted(pair):
+    """As where a hybrid's window is switched off."""
+    t, a = pair
+    cut = a.copy()
+    cut[:, :, :3] = 0
+    found = weights.measured({0: (t, cut)})
+    assert found["means"]["unseeing"] == pytest.approx(3 / L)
+    rows = weights.entropy(a)[:, :, 3:]
+    assert found["means"]["entropy"] == pytest.approx(rows.mean())
+    assert found["means"]["divergence"] < 20
+
+
 def test_equal_weights_follow_no_score(pair):
     t, _ = pair
     flat = np.tril(np.ones((L, L))) / np.arange(1, L + 1)[:, None]

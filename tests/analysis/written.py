@@ -11,6 +11,9 @@ CONFIG = {
     "train": {"eval_rows": 16},
 }
 METRIC = "validation/bits_per_byte"
+OLD = {"0.1": [2.00, 2.10, 2.20], "0.2": [2.50, 2.60, 2.70]}
+NEW = {"0.1": [1.99, 2.00, 2.01], "0.2": [1.90, 2.01, 2.09], "0.4": [1.80, 1.90, 3.00]}
+VALUES = {"old": OLD, "new": NEW}
 EVERY = 10  # steps between two evaluations
 
 
@@ -88,3 +91,10 @@ def study(folder: pathlib.Path, values: dict[str, dict[str, list[float]]], **cha
     folder.mkdir(exist_ok=True)
     (folder / "study.json").write_text(json.dumps(given))
     return given
+
+
+def rerun(folder, name, value=2.0, **changes):
+    """A run of the study in other circumstances."""
+    arm, seed = name.partition("-")[0], int(name.rpartition("=")[2])
+    own = {"seed": seed, "optim": {"name": arm, "lr": 0.1}} | changes.pop("config", {})
+    run(folder / name, value, config=own, **changes)

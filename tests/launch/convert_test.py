@@ -255,12 +255,13 @@ def test_weights_of_a_study_s_runs_are_compared_with_softmax(teacher, converted,
     for name, run in (names | {"teacher-seed=0": teacher}).items():
         shutil.copytree(run, folder / name)
     told = {n: {"arm": n.partition("-")[0], "seed": int(n[-1])} for n in [*names, "teacher-seed=0"]}
+    told["tuned-seed=1"]["point"] = {"optim.lr": "0.1"}
     (folder / "study.json").write_text(json.dumps({"runs": told}))
     weights.main([str(folder), "--rows=2", "--tokens=24", f"--out={tmp_path / 'out'}"])
     assert f"report: {tmp_path / 'out' / 'weights.md'}" in capsys.readouterr().out
     held = json.loads((tmp_path / "out" / "weights.json").read_text())
     assert {arm: list(seeds) for arm, seeds in held["arms"].items()} == {
-        "taught": ["0"], "tuned": ["1"],
+        "taught": ["0"], "tuned lr=0.1": ["1"],
     }  # fmt: skip
     taught = held["arms"]["taught"]["0"]
     assert [x["layer"] for x in taught["heads"]] == [0] * 2 + [1] * 2
@@ -269,6 +270,19 @@ def test_weights_of_a_study_s_runs_are_compared_with_softmax(teacher, converted,
     assert means["divergence"] > 0
     assert means["monotonicity"] > 0.5  # its maps have learned to follow the scores
     assert (tmp_path / "out" / "weights.png").is_file()
+
+
+def test_weights_of_runs_that_have_not_ended_are_refused(converted, tmp_path, capsys):
+    shutil.copytree(converted[0] / "tuned", tmp_path / "a")
+    (tmp_path / "a" / "final.json").unlink()
+    for text, said in (
+        ("[", f"{tmp_path / 'study.json'} is damaged"),
+        ('{"runs": {"a": {"arm": "x", "seed": 0}}}', "1 of 1 runs have not ended, a for one"),
+    ):
+        (tmp_path / "study.json").write_text(text)
+        with pytest.raises(SystemExit):
+            weights.main([str(tmp_path)])
+        assert said in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

@@ -143,6 +143,7 @@ def test_the_rule_may_be_wrapped(read):
         (dict(more="SETTINGS = 3"), "SETTINGS is 3, not a dict"),
         (dict(more="SETTINGS = {'a@b': {}}"), "setting 'a@b' needs a name"),
         (dict(more="SETTINGS = {'a': {'seed': 1}}"), "not a dict of keys other than seed"),
+        (dict(more="SETTINGS = {'a': {'optim.lr': [1, 2]}}"), "setting a lists values of optim.lr"),
         (dict(more="AFTER = {'old': 'new'}"), "AFTER lets old go on from new, which has to be an"),
         (dict(more="AFTER = {'new': 'x'}"), "AFTER lets new go on from x"),
         (dict(more="AFTER = {'new': 'old'}"), "new goes on from old, which has to have one value"),

@@ -5,6 +5,7 @@ import itertools
 import json
 import os
 import shlex
+import shutil
 import signal
 import subprocess
 import sys
@@ -83,7 +84,9 @@ def call(tmp_path, capsys, monkeypatch):
     def run(*argv):
         status = 0
         try:
-            sweep.main([*argv, f"--workdir={tmp_path / 'runs'}", f"--out={tmp_path / 'out'}"])
+            own = {"--workdir": tmp_path / "runs", "--out": tmp_path / "out"}
+            given = {argument.partition("=")[0] for argument in argv}
+            sweep.main([*argv, *(f"{k}={x}" for k, x in own.items() if k not in given)])
         except SystemExit as stop:
             status = stop.code
         return status, *capsys.readouterr()
@@ -174,9 +177,15 @@ def test_runs_that_go_on_wait_for_those_before(call, write, tmp_path):
         assert config["start"] == str(runs / f"new-seed={seed}")
     # Tokens of the runs before are counted, so old and new are not compared.
     assert "new is better than old: no verdict" in out
+    # What is of another place goes on there, and what is older than the run before it does not.
     moved = runs.rename(tmp_path / "elsewhere")
+    (moved / "last-seed=1" / "final.json").unlink()
+    assert call(*argv, f"--workdir={moved}")[0] == 0
     moved.rename(runs)
-    assert call(*argv)[0] == 0
+    shutil.rmtree(runs / "new-seed=0")
+    status, out, err = call(*argv)
+    assert (status, out) == (2, "")
+    assert f"{runs / 'last-seed=0'} is older than new-seed=0, from which it goes on; delete" in err
 
 
 def test_runs_do_not_begin_where_the_run_before_failed(call, write, tmp_path):
