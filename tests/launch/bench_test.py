@@ -184,8 +184,8 @@ def test_lengths_beyond_the_peers_are_ours_alone():
 @pytest.mark.parametrize(
     ("given", "said"),
     [
-        (dict(lengths="1024"), "--lengths 1024 are not two or more numbers"),
-        (dict(lengths="8,x"), "--lengths 8,x are not two or more numbers"),
+        (dict(lengths="1024"), "--lengths 1024 are not two or more different numbers"),
+        (dict(lengths="8,x"), "--lengths 8,x are not two or more different numbers"),
         (dict(dtype="f8"), "there is no 'f8'"),
         (dict(heads=0), "must be at least 1"),
     ],
