@@ -44,7 +44,8 @@ def _differences(study: Study, compared: list[str]) -> Iterator[str]:
     along = lambda of: lambda name: [of(record) for record in reversed(study.chain(name))]
     text = lambda x: json.dumps(x, sort_keys=True)
     facts = {what: lambda name, of=of: text(_short(along(of)(name))) for what, of in EQUAL.items()}
-    facts["tokens"] = lambda name: ", then ".join(map(str, along(tokens)(name)))
+    steps = lambda name: [str(n) for n in along(tokens)(name) if n]  # a stage may only be scored
+    facts["tokens"] = lambda name: ", then ".join(steps(name)) or "none"
     for what, of in facts.items():
         groups = groups_of(compared, of)
         if len(groups) > 1:

@@ -73,6 +73,23 @@ def test_tokens_of_runs_that_go_on_are_counted_together(summary, tmp_path):
     assert "| before |" not in pairs
 
 
+def test_a_stage_of_no_steps_adds_nothing(summary, tmp_path):
+    """As of an arm that is scored with a part of its model switched off."""
+    one = {"0.1": [2.0, 2.1, 2.2]}
+    given = written.study(tmp_path, {"old": one, "new": one}, claims={"new": "better"})
+    for seed in range(3):
+        name = f"new-lr=0.1-seed={seed}"
+        given["runs"][name]["after"] = f"old-lr=0.1-seed={seed}"
+        head = written.header(config={"seed": seed, "steps": 0})
+        row = {"step": 0, "tokens": 0, "time": 1.0, written.METRIC: 2.0}
+        written.write(tmp_path / name, [{"header": head}, row])
+        (tmp_path / name / "final.json").write_text('{"step": 0}')
+    (tmp_path / "study.json").write_text(json.dumps(given))
+    found = summarise(load(tmp_path))
+    assert found["differing"] == []
+    assert found["arms"]["new"]["curve"]["tokens"] == []
+
+
 def test_what_was_before_counts_too(summary, tmp_path):
     """Corpora and FLOPs a token of every stage, each weighed by its tokens."""
     one = {"0.1": [2.0, 2.1, 2.2]}
