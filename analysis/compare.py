@@ -37,18 +37,12 @@ class Rule:
     @property
     def judged(self) -> dict[str, str]:
         """The claims of every setting."""
-        cells = ("", *(f"@{setting}" for setting in self.settings))[bool(self.settings) :]
-        return {f"{arm}{cell}": kind for cell in cells for arm, kind in self.claims.items()}
+        settings, claims = self.settings or ("",), self.claims.items()
+        return {cell(arm, setting): kind for setting in settings for arm, kind in claims}
 
     def base(self, arm: str) -> str:
         """The baseline of an arm, in its setting."""
-        return self.beside(arm, self.baseline)
-
-    @staticmethod
-    def beside(arm: str, other: str) -> str:
-        """The other arm, in the setting of the first."""
-        _, at, setting = arm.partition("@")
-        return f"{other}{at}{setting}"
+        return cell(self.baseline, parts(arm)[1])
 
     def __str__(self) -> str:
         claimed = "; ".join(
@@ -69,17 +63,16 @@ class Rule:
         equal = "order, tokens or FLOPs differ"
         if self.flops:
             equal = f"order or tokens differ, or FLOPs a token by more than {self.flops:.0%}"
-        of_all, same, within = "", "seed", ""
+        of_all, within = "", ""
         if self.settings:
             of_all, within = f" of {_listed(self.settings)}, each", ", in one setting"
-            same = "seed and setting"
         judged = [words[kind] for kind in KINDS if kind in self.claims.values()]
         return " ".join(
             [
                 f"Claimed{of_all}: {claimed}.",
                 f"Each arm stands at its grid point with the best mean of {self.metric}. Judged "
-                f"are its differences, {order}, of runs with the same {same}: their mean and its "
-                f"two-sided {CONFIDENCE:.0%} t-interval.",
+                f"are its differences, {order}, of runs with the same {paired_by(self.settings)}: "
+                f"their mean and its two-sided {CONFIDENCE:.0%} t-interval.",
                 *judged,
                 f"There is no verdict where data {equal}{within}.",
             ]
@@ -104,6 +97,22 @@ class Rule:
         """The name with the best mean, the first of equals; None of none."""
         pick = max if self.higher else min
         return pick(means, key=means.__getitem__, default=None)
+
+
+def cell(arm: str, setting: str) -> str:
+    """How the runs of an arm in a setting are called; the setting is '' where there is none."""
+    return f"{arm}@{setting}" if setting else arm
+
+
+def parts(name: str) -> tuple[str, str]:
+    """The arm and the setting of a cell."""
+    arm, _, setting = name.partition("@")
+    return arm, setting
+
+
+def paired_by(settings: Sequence[str]) -> str:
+    """What two runs of a pair have in common."""
+    return "seed and setting" if settings else "seed"
 
 
 def _listed(names: Sequence[str]) -> str:

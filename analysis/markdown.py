@@ -3,6 +3,8 @@
 import textwrap
 from collections.abc import Iterable, Iterator, Mapping
 
+from analysis.compare import cell, paired_by, parts
+
 PAIRS = """\
 Each figure is an arm's run minus the run of {baseline} with the same {same}, of arms under a claim.
 The seed decides the initial parameters and the order of the data: such a pair reads the same rows
@@ -35,7 +37,7 @@ def markdown(summary: Mapping) -> str:
         *_notes(summary),
         *_shares(summary),
         "## Differences by seed",
-        PAIRS.format(baseline=declared["baseline"], same=_same(declared)),
+        PAIRS.format(baseline=declared["baseline"], same=paired_by(declared.get("settings", ()))),
         table(("arm", *seeds, "mean", "sd"), _pairs(summary)),
         "## Grid",
         table(("arm", "point", *seeds, "mean", "sd"), _grid(summary)),
@@ -43,10 +45,6 @@ def markdown(summary: Mapping) -> str:
         table(("", ""), _ran(summary)),
     ]
     return "\n\n".join(blocks) + "\n"
-
-
-def _same(declared: Mapping) -> str:
-    return "seed and setting" if declared.get("settings") else "seed"
 
 
 def _earlier(summary: Mapping) -> list[str]:
@@ -105,27 +103,22 @@ def _notes(summary: Mapping) -> list[str]:
 
 def _shares(summary: Mapping) -> Iterator[str]:
     """How far each arm comes on the way from the baseline to the arm `toward`."""
+    declared, claimed = summary["declared"], {claim["arm"] for claim in summary["claims"]}
     means = {arm: x["spread"]["mean"] for arm, x in summary["arms"].items() if x["spread"]}
-    ends, claimed = (
-        [summary["declared"][name] for name in ("baseline", "toward")],
-        summary["claims"],
-    )
-    for base in means if ends[1] else ():
-        name, at, setting = base.partition("@")
-        goal = f"{ends[1]}{at}{setting}"
-        if name != ends[0] or means.get(goal, means[base]) == means[base]:
+    for setting in declared.get("settings") or ("",):
+        base, goal = (cell(declared[name], setting) for name in ("baseline", "toward"))
+        if not {base, goal} <= means.keys() or means[base] == means[goal]:
             continue
-        way, beside = means[goal] - means[base], {x["arm"] for x in claimed} - {goal}
+        way = means[goal] - means[base]
         shares = [
             f"{arm} {(mean - means[base]) / way:.1%}"
             for arm, mean in means.items()
-            if arm in beside and arm.partition("@")[2] == setting
+            if arm in claimed - {goal} and parts(arm)[1] == setting
         ]
         if shares:
             told = f"Of the way from {base} to {goal}, by the means: {listed(shares)}."
-            unclaimed = goal not in {x["arm"] for x in claimed}
             free = f" No claim is on {goal}, so its data and FLOPs are not compared."
-            yield told + (free if unclaimed else "")
+            yield told if goal in claimed else told + free
 
 
 def _pairs(summary: Mapping) -> Iterator[tuple[str, ...]]:

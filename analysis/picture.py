@@ -7,6 +7,7 @@ import pathlib
 import re
 from collections.abc import Mapping, Sequence
 
+from analysis.compare import parts
 from analysis.plotting import pyplot
 
 INK, QUIET = "#222222", "#9a9a9a"
@@ -39,10 +40,11 @@ def draw(summary: Mapping, out: pathlib.Path) -> None:
 
 def _settings(summary: Mapping) -> dict[str, dict[str, dict]]:
     """{setting: {arm in it: colour and line}}."""
-    bare = [arm.partition("@")[0] for arm in summary["arms"]]
-    styles, found = style(list(dict.fromkeys(bare)), summary["declared"]["baseline"]), {}
-    for arm, name in zip(summary["arms"], bare, strict=True):
-        found.setdefault(arm.partition("@")[2], {})[arm] = styles[name]
+    cells = {name: parts(name) for name in summary["arms"]}
+    arms = list(dict.fromkeys(arm for arm, _ in cells.values()))
+    styles, found = style(arms, summary["declared"]["baseline"]), {}
+    for name, (arm, setting) in cells.items():
+        found.setdefault(setting, {})[name] = styles[arm]
     return found
 
 
@@ -91,8 +93,7 @@ def _values(axes, summary: Mapping, styles: Mapping) -> None:
             at = dict(textcoords="offset points", xytext=(0, 9), ha="center")
             axes.annotate(f"{mean:.3f}", (mean, place), **at, fontsize=8, color=INK)
     labels = [
-        f"{arm.partition('@')[0]}\n{_short(summary['arms'][arm]['chosen'])}".strip()
-        for arm in styles
+        f"{parts(arm)[0]}\n{_short(summary['arms'][arm]['chosen'])}".strip() for arm in styles
     ]
     axes.set_yticks(range(len(styles)), labels, fontsize=8)
     for text, look in zip(axes.get_yticklabels(), styles.values(), strict=True):

@@ -64,9 +64,9 @@ def measured(layers: Mapping[int, tuple[np.ndarray, np.ndarray]]) -> dict:
     """
     heads, pooled, counted, given = [], ([], []), 0, 0
     for layer, (t, a) in layers.items():
-        valid = (t.sum(-1) > 0.5) & (a.sum(-1) > 0.5)
-        counted += valid.sum()
-        given += (t.sum(-1) > 0.5).sum()
+        tokens = t.sum(-1) > 0.5
+        valid = tokens & (a.sum(-1) > 0.5)
+        counted, given = counted + valid.sum(), given + tokens.sum()
         for head in range(t.shape[1]):
             own, of = (x[:, head][valid[:, head]] for x in (t, a))
             heads.append({"layer": layer, "head": head} | _figures(own, of))

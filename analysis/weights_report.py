@@ -24,7 +24,10 @@ query's best; the dashed line is softmax."""
 def markdown(held: Mapping) -> str:
     """held: `facts`, and `arms` {name: {seed: what analysis.weights.measured gives}}."""
     facts = held["facts"]
-    rows = [(arm, *(_spread(by_seed, name) for name in FIGURES)) for arm, by_seed in _arms(held)]
+    rows = [
+        (arm, *(_spread(by_seed, name) for name in FIGURES))
+        for arm, by_seed in held["arms"].items()
+    ]
     blocks = [
         "# weights",
         ABOUT.format(rows=facts["rows"], tokens=facts["tokens"]),
@@ -39,13 +42,9 @@ def markdown(held: Mapping) -> str:
 
 
 def _unseeing(held: Mapping) -> list[str]:
-    shares = {arm: next(iter(x.values()))["means"]["unseeing"] for arm, x in _arms(held)}
+    shares = {arm: next(iter(x.values()))["means"]["unseeing"] for arm, x in held["arms"].items()}
     told = [f"{arm} {share:.1%}" for arm, share in shares.items() if share]
     return [f"Queries that weigh nothing are left out: {listed(told)}."] if told else []
-
-
-def _arms(held: Mapping):
-    return held["arms"].items()
 
 
 def _told(value: object) -> str:
@@ -68,31 +67,26 @@ def draw(held: Mapping, out: pathlib.Path) -> None:
     options = dict(squeeze=False, sharex="row", sharey="row", layout="constrained")
     size = (1.2 + 2.1 * len(arms), 5.2)
     figure, grid = plt.subplots(2, len(arms), figsize=size, dpi=150, **options)
-    most = max(1.0, *(x[name] for _, x in _heads(held) for name in ("teacher_entropy", "entropy")))
-    layers = [x["layer"] for _, x in _heads(held)]
+    heads = {arm: [x for found in arms[arm].values() for x in found["heads"]] for arm in arms}
+    every, axis = [x for own in heads.values() for x in own], ("teacher_entropy", "entropy")
+    most = max(1.0, *(x[name] for x in every for name in axis))
+    layers = sorted({x["layer"] for x in every})
     for (arm, by_seed), above, below in zip(arms.items(), *grid, strict=True):
-        heads = [x for name, x in _heads(held) if name == arm]
-        at = [[x[name] for x in heads] for name in ("teacher_entropy", "entropy")]
+        at = [[x[name] for x in heads[arm]] for name in axis]
         above.plot([0, most], [0, most], ls="--", lw=0.8, color=QUIET)
-        of = dict(c=[x["layer"] for x in heads], cmap="viridis", vmin=0, vmax=max(1, *layers))
+        of = dict(c=[x["layer"] for x in heads[arm]], cmap="viridis", vmin=0, vmax=max(1, *layers))
         points = above.scatter(*at, s=10, lw=0, **of)
         above.set_title(arm, fontsize=9, color=INK)
         above.set_xlabel("softmax's entropy", fontsize=8)
         _response(below, np.array([found["response"] for found in by_seed.values()], float))
     grid[0, 0].set_ylabel("entropy, nats")
     grid[1, 0].set_ylabel("share of the largest weight")
-    figure.colorbar(points, ax=grid[0, -1], label="layer", ticks=sorted(set(layers)))
+    figure.colorbar(points, ax=grid[0, -1], label="layer", ticks=layers)
     for axes in grid.flat:
         axes.spines[["top", "right"]].set_visible(False)
         axes.tick_params(labelsize=7)
     figure.savefig(out, metadata={"Software": None})
     plt.close(figure)
-
-
-def _heads(held: Mapping):
-    for arm, by_seed in held["arms"].items():
-        for found in by_seed.values():
-            yield from ((arm, head) for head in found["heads"])
 
 
 def _response(axes, by_seed: np.ndarray) -> None:

@@ -23,6 +23,7 @@ jax is needed to read it.
 """
 
 import dataclasses
+import fnmatch
 import importlib.util
 import inspect
 import itertools
@@ -30,9 +31,9 @@ import json
 import pathlib
 import re
 import shlex
-from collections.abc import Iterator, Mapping, Set
+from collections.abc import Iterable, Iterator, Mapping, Sequence, Set
 
-from analysis.compare import Rule
+from analysis.compare import Rule, cell
 from analysis.records import Record
 from analysis.records import read as read_run
 from analysis.studies import lacks
@@ -108,11 +109,10 @@ def read(path: str, overrides: Mapping[str, str]) -> Study:
     runs: list[Planned] = []
     for setting, shared in (said["SETTINGS"] or {"": {}}).items():
         for arm, own in said["ARMS"].items():
-            cell = f"{arm}@{setting}" if setting else arm
-            parent = rule.beside(cell, said["AFTER"].get(arm, ""))
+            parent = cell(said["AFTER"].get(arm, ""), setting)
             before = {run.seed: run.name for run in runs if run.arm == parent}
             for values, tried in _points(shared | own):
-                grid = cell, values, tried, said["SEEDS"], before
+                grid = cell(arm, setting), values, tried, said["SEEDS"], before
                 runs += _planned(path, overrides, shared.keys() - own.keys(), *grid)
     for key, sentence in idle.items():
         if not any(key in run.overrides for run in runs):
@@ -206,6 +206,19 @@ def _label(key: str, text: str) -> str:
     return re.sub(r"[^\w.,=+-]", "_", f"{key.rpartition('.')[2]}={text}")
 
 
+def matching(names: Iterable[str], patterns: Sequence[str]) -> list[str]:
+    """Those that match one of the patterns; all without any. Raises UsageError where none does."""
+    names = list(names)
+    matches = lambda name: any(fnmatch.fnmatchcase(name, pattern) for pattern in patterns)
+    chosen = [name for name in names if matches(name)] if patterns else names
+    if not chosen:
+        raise UsageError(
+            f"--only {','.join(patterns)!r} matches none of the {len(names)} runs; the first is "
+            f"called {names[0]}, and * stands for anything"
+        )
+    return chosen
+
+
 def finished(study: Study, run: Planned, workdir: pathlib.Path) -> bool:
     """Whether the run has ended in its folder.
 
@@ -221,17 +234,17 @@ def finished(study: Study, run: Planned, workdir: pathlib.Path) -> bool:
             held = held | {"start": pathlib.Path(held["start"] or "").name}
         if planned != held:
             raise UsageError(f"{workdir / run.name} {_another(planned, held)}")
-    _refuse_older(study, run, record, workdir)
+    _refuse_older(run, record, workdir)
     if record.ended and study.rule.metric not in record.last:
         raise UsageError(f"{workdir / run.name} {lacks(record, study.rule.metric)}")
     return record.ended
 
 
-def _refuse_older(study: Study, run: Planned, record: Record, workdir: pathlib.Path) -> None:
+def _refuse_older(run: Planned, record: Record, workdir: pathlib.Path) -> None:
     """Raises UsageError for a run that began before the run that it goes on from was made anew."""
-    parent = None if run.after is None else read_run(workdir / run.after)
     if run.after is None or not record.rows:
         return
+    parent = read_run(workdir / run.after)
     if parent is None or max(row["time"] for row in parent.rows) > record.rows[0]["time"]:
         raise UsageError(
             f"{workdir / run.name} is older than {run.after}, from which it goes on; delete the "

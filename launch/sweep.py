@@ -6,7 +6,6 @@ again.
 
 import contextlib
 import fcntl
-import fnmatch
 import json
 import os
 import pathlib
@@ -20,7 +19,7 @@ from launch import flags, platform, provenance
 from launch.failure import sentence
 from launch.pool import Pool
 from launch.schema import Key, UsageError
-from launch.study import Planned, Study, finished, read
+from launch.study import Study, finished, matching, read
 
 USAGE = "usage: uv run sweep experiments/NAME.py [--config.KEY=VALUE ...] [--FLAG=VALUE ...]"
 ABOUT = """\
@@ -79,7 +78,9 @@ def sweep(argv: Sequence[str]) -> int:
     if workdir.exists() and not workdir.is_dir():
         raise UsageError(f"--workdir {workdir} is a file; give a folder")
     out = pathlib.Path(given.out or (workdir if parsed.overrides else report.RESULTS))
-    chosen, at_once = matching(study, given.only), parallel(given.parallel, len(study.runs))
+    names = matching((run.name for run in study.runs), [] if given.only is None else [given.only])
+    chosen = [run for run in study.runs if run.name in names]
+    at_once = parallel(given.parallel, len(study.runs))
     done = {run.name for run in study.runs if finished(study, run, workdir)}
     if given.report:
         if not workdir.is_dir():
@@ -115,17 +116,6 @@ def conclude(study: Study, workdir: pathlib.Path, out: pathlib.Path, pool: Pool,
     if all(over):
         print(report.closing(report.write(workdir, out), out))
     return 1 if pool.failed else 0
-
-
-def matching(study: Study, pattern: str | None) -> list[Planned]:
-    """The runs whose names match. Raises UsageError where none does."""
-    found = [r for r in study.runs if pattern is None or fnmatch.fnmatchcase(r.name, pattern)]
-    if not found:
-        raise UsageError(
-            f"--only {pattern!r} matches none of the {len(study.runs)} runs; the first is called "
-            f"{study.runs[0].name}, and * stands for anything"
-        )
-    return found
 
 
 def parallel(asked: int | None, runs: int) -> int:

@@ -1,7 +1,6 @@
 """How sharp and how monotone attention's weights are: `uv run weights runs/conversion`."""
 
 import collections
-import fnmatch
 import json
 import pathlib
 import shlex
@@ -10,8 +9,11 @@ from collections.abc import Mapping, Sequence
 
 from analysis.records import read as read_record
 from analysis.report import finite
+from analysis.weights import measured
+from analysis.weights_report import draw, markdown
 from launch import flags, platform
 from launch.schema import Key, UsageError
+from launch.study import matching
 from launch.usage import plain_usage
 
 ABOUT = """\
@@ -69,14 +71,8 @@ def found(given) -> dict[str, tuple[str, int, pathlib.Path]]:
         runs = {name: (_point(run), run["seed"], folder / name) for name, run in told.items()}
     except (ValueError, KeyError, TypeError):
         raise UsageError(f"{study} is damaged; `uv run sweep` writes it anew") from None
-    patterns = (given.only or "*").split(",")
-    matches = lambda name: any(fnmatch.fnmatchcase(name, pattern) for pattern in patterns)
-    chosen = {name: run for name, run in runs.items() if matches(name)}
-    if not chosen:
-        raise UsageError(
-            f"--only {given.only!r} matches none of the {len(runs)} runs; the first is called "
-            f"{next(iter(runs))}, and * stands for anything"
-        )
+    patterns = given.only.split(",") if given.only else []
+    chosen = {name: runs[name] for name in matching(runs, patterns)}
     if unfinished := [name for name, (_, _, path) in chosen.items() if not _ended(path)]:
         raise UsageError(
             f"{len(unfinished)} of {len(chosen)} runs have not ended, {unfinished[0]} for one; "
@@ -106,8 +102,6 @@ def measure(runs: Mapping, given, command: str) -> dict:
     for arm, seed, folder in bar(runs.values(), desc="weights", unit="run"):
         layers, commit, device = _weights(folder, given)
         if layers:
-            from analysis.weights import measured
-
             arms[arm][str(seed)] = measured(layers)
             commits[commit] = devices[device] = None
     if not arms:
@@ -142,8 +136,6 @@ def _weights(folder: pathlib.Path, given):
 
 def write(held: dict, out: pathlib.Path) -> str:
     """The three files; returns what to say of them."""
-    from analysis.weights_report import draw, markdown
-
     out.mkdir(parents=True, exist_ok=True)
     path = out / "weights.json"
     path.write_text(render(held), encoding="utf-8")
