@@ -101,6 +101,10 @@ def get_config():
     config.loss.name = "cross_entropy"  # a file of training/losses
     config.loss.losses = ConfigDict()  # own arguments of losses, by name
 
+    config.balance = ConfigDict()  # how experts are kept busy, where a layer routes
+    config.balance.name = "global_batch"  # a file of training/balances
+    config.balance.balances = ConfigDict()  # own arguments of balances, by name
+
     config.optim = ConfigDict()  # keyword arguments of optim.build.build
     config.optim.name = "adamw"  # a file of optim/methods
     config.optim.lr = 3e-3  # peak learning rate

@@ -153,6 +153,7 @@ SECTIONS = (
     Section("model.heads", "models/heads", "Head", "model.head"),
     Section("adapter", "training/adapters", "make", "adapter.name"),
     Section("loss.losses", "training/losses", "make", "loss.name"),
+    Section("balance.balances", "training/balances", "make", "balance.name"),
     Section("optim.methods", "optim/methods", "make", "optim.name"),
     Section("optim.schedules", "optim/schedules.py", "", "optim.schedule"),
 )

@@ -162,14 +162,22 @@ def _flops(setup: Setup) -> dict:
 def flops_per_token(setup: Setup) -> flops.ModelFlops:
     """Of the model, forward and backward, recomputation left out (see training/flops.py)."""
     config = reference_kernels(setup.config)
-    program = programs.build(config, setup.mesh, setup.data.vocab_size)
+    # Of one device, where nothing is computed twice and no room is kept for what others may send.
+    names = setup.mesh.axis_names
+    mesh = jax.make_mesh((1,) * len(names), names, devices=setup.mesh.devices.flat[:1])
+    with jax.set_mesh(mesh):
+        program = programs.build(config, mesh, setup.data.vocab_size)
+        return _counted(program, mesh, config["model"]["causal"])
+
+
+def _counted(program: programs.Program, mesh: jax.sharding.Mesh, causal: bool) -> flops.ModelFlops:
     params = program.state.aux.get("frozen", {}) | program.state.params
-    b, L = setup.program.batch.inputs.shape[1:]
-    lay = lambda name: programs.batch_sharding(name, setup.mesh, 0)
+    b, L = program.batch.inputs.shape[1:]
+    lay = lambda name: programs.batch_sharding(name, mesh, 0)
     row = lambda name, x: jax.ShapeDtypeStruct(x.shape[1:], x.dtype, sharding=lay(name))
-    fields = setup.program.batch._asdict()
-    rows = setup.program.batch._replace(**{name: row(name, x) for name, x in fields.items()})
-    masked = program.model(params).masked_flops(L) if config["model"]["causal"] else 0.0
+    fields = program.batch._asdict()
+    rows = program.batch._replace(**{name: row(name, x) for name, x in fields.items()})
+    masked = program.model(params).masked_flops(L) if causal else 0.0
     return flops.model(program.evaluate, params, rows, tokens=b * L, masked=masked)
 
 
@@ -193,8 +201,9 @@ def vocabulary(setup: Setup) -> int:
 
 
 def parameter_counts(table: Table, vocab: int) -> dict[str, int]:
-    """Numbers of parameters: `total` and `without_embeddings`, without the padding of the
-    vocabulary; `padded` is `total` with it, as held in memory."""
+    """Numbers of parameters, state that no gradient trains left out: `total` and
+    `without_embeddings`, without the padding of the vocabulary; `padded` is `total` with it."""
+    table = {path: entry for path, entry in table.items() if entry.weight.group != "state"}
     sizes = {path: math.prod(entry.shape) for path, entry in table.items()}
     real = {path: _without_padding(entry, vocab) for path, entry in table.items()}
     embedded = sum(n for path, n in real.items() if table[path].weight.group == "embed")

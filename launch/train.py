@@ -78,7 +78,7 @@ def prepare(built, folder: pathlib.Path, head: dict, **own):
 
     built: by `launch.setup.build`.  head: its header.  own: other fields of training.run.Run.
     """
-    from launch import report
+    from launch import pictures, report
     from training.run import Run
 
     return Run(
@@ -90,6 +90,7 @@ def prepare(built, folder: pathlib.Path, head: dict, **own):
         header=head,
         flops=head["flops_per_token"].get("visible"),
         sample=report.sampler(built),
+        draw=pictures.drawer(built),
         **own,
     )
 

@@ -16,10 +16,12 @@ class Context:
     """Everything beside x that a layer may read.
 
     positions: place of a token in its document.  segment_ids: document within the row, 0 padding.
-    sample: row number as (high, low) words.  key: the run's key, None when nothing is random.
-    layer: number of this layer.  totals: sums over the whole global batch that the loss `needs`;
-    a mixer or ffn sees those of its own layer, under the names it reported.
+    sample: row number as (high, low) words.  domain: number of each row's domain in the corpus.
+    key: the run's key, None when nothing is random.  layer: number of this layer.
+    totals: sums over the whole global batch that layers are `told`; a mixer or ffn sees those of
+    its own layer, under the names it reported.
     token_types: sentence A or B (BERT), zeros when None.
+    group: of each token, 0 to groups - 1; layers that route report their sums by group too.
     dtype: of the computation.  train: dropout is on.  causal: tokens do not see later ones.
     decoding: x holds one token a row, so its length is never split over devices.
     taps: names of intermediate sums that a study asked to see in aux.
@@ -29,10 +31,13 @@ class Context:
     positions: Int[Array, "B L"]
     segment_ids: Int[Array, "B L"]
     sample: UInt[Array, "B 2"] | None = None
+    domain: Int[Array, "B"] | None = None
     key: Key[Array, ""] | None = None
     layer: Int[Array, ""] | None = None
     totals: dict = dataclasses.field(default_factory=dict)
     token_types: Int[Array, "B L"] | None = None
+    group: Int[Array, "B L"] | None = None
+    groups: int = dataclasses.field(default=0, metadata={"static": True})
     dtype: str = dataclasses.field(default="float32", metadata={"static": True})
     train: bool = dataclasses.field(default=False, metadata={"static": True})
     causal: bool = dataclasses.field(default=True, metadata={"static": True})
@@ -62,7 +67,11 @@ class Context:
 def of_batch(batch, **given) -> Context:
     """The context of a Batch with inputs `[B L]`."""
     return Context(
-        positions=batch.positions, segment_ids=batch.segment_ids, sample=batch.sample, **given
+        positions=batch.positions,
+        segment_ids=batch.segment_ids,
+        sample=batch.sample,
+        domain=batch.domain,
+        **given,
     )
 
 

@@ -12,7 +12,7 @@ Layout = tuple[tuple[str, ...], ...]  # mesh axes a dimension
 
 # A weight's D goes to fsdp and an activation's D to nothing, so activations name None there.
 RULES: dict[str, tuple[str, ...]] = {
-    "batch": ("replica", "data", "fsdp"),
+    "batch": ("replica", "data", "fsdp", "expert"),
     "length": ("context",),
     "embed": ("fsdp",),
     "heads": ("tensor",),

@@ -13,7 +13,8 @@ class Weight:
     init: how it starts: ('normal', std), ('constant', value), ('identity',) over the last two
       dimensions, ('zeros',) or ('ones',).
     decay: whether weight decay applies.
-    group: 'embed', 'hidden', 'head', 'norm' or 'bias'.
+    group: 'embed', 'hidden', 'head', 'norm' or 'bias'; 'router' of a matrix that chooses experts
+      and stays float32; 'state' of what no gradient trains.
     """
 
     axes: tuple[str | None, ...]

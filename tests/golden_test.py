@@ -18,11 +18,14 @@ from training import program
 
 FOLDER = pathlib.Path(__file__).parent / "golden"
 NAMES = ("base", "quickstart", "gpt2_124m", "llama_1b", "llama_7b", "bert_base")
+NAMES += ("mixtral_8x7b", "deepseek_moe_16b")
 PUBLISHED = {
     "gpt2_124m": 124_439_808,
     "llama_1b": 1_235_814_400,
     "llama_7b": 6_738_415_616,
     "bert_base": 109_514_298,
+    "mixtral_8x7b": 46_702_792_704,
+    "deepseek_moe_16b": 16_375_728_128,
 }
 
 

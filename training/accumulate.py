@@ -3,7 +3,9 @@
 With T the totals of all sums, d loss / d params = sum over micro-batches of vjp(sums)(c), where
 c = d finish / d T. c depends on what is known from the batch (`counts`) and on the totals that the
 loss `needs`; those take a first pass over the micro-batches, in which everything that does not lead
-to them is dead code. Every token has the same weight whichever micro-batch holds it.
+to them is dead code. Of a single micro-batch they are known once its own sums are, before anything
+is pulled back, so that one pass will do. Every token has the same weight whichever micro-batch
+holds it.
 """
 
 import functools
@@ -40,21 +42,33 @@ def value_and_grad(
 
 def _sums_and_grad(loss, context, place, params, fixed, known, batch):
     variables, bind = place.open(params)
+    several = batch.inputs.shape[0] > 1
+    # Layers that are told read the totals, so for them no pass can be saved.
+    ahead = loss.needs and (loss.told or (several and not loss.running))
 
     def sums_of(variables, micro, totals):
         return loss.sums(fixed | bind(variables), micro, context(micro, totals))
 
-    def first_pass(micro):
+    def needed_of(sums):
+        return place.total({name: sums[name] for name in loss.needs})
+
+    def first_pass(seen, micro):
         sums = sums_of(variables, micro, {})
-        return {name: sums[name] for name in loss.needs}
+        return seen, {name: sums[name] for name in loss.needs}
 
-    def second_pass(micro):
-        sums, pull = jax.vjp(lambda variables: sums_of(variables, micro, needed), variables)
+    def second_pass(seen, micro):
+        told = seen if ahead else {}
+        sums, pull = jax.vjp(lambda variables: sums_of(variables, micro, told), variables)
+        seen = seen if ahead else jax.tree.map(jnp.add, seen, needed_of(sums))
         # Where finish is linear its derivative does not depend on the sum, so this part's will do.
-        return sums, pull(_cotangents(loss, known, sums | needed))[0]
+        return seen, (sums, pull(_cotangents(loss, known, sums | seen))[0])
 
-    needed = place.total(_total(first_pass, batch)) if loss.needs else {}
-    sums, gradient = _total(second_pass, batch)
+    seen = {}
+    if ahead:
+        seen = place.total(_total(first_pass, seen, batch))
+    elif loss.needs:
+        seen = _zeros_of(lambda micro: needed_of(sums_of(variables, micro, {})), batch)
+    sums, gradient = _total(second_pass, seen, batch)
     return place.total(sums), place.close(gradient)
 
 
@@ -62,14 +76,26 @@ def _cotangents(loss, known, sums):
     return jax.grad(lambda sums: loss.finish(known | sums)[0])(sums)
 
 
-def _total(fn, batch):
-    """The sum of fn(micro) over the leading dimension of a batch."""
-    micro = jax.tree.map(lambda x: x[0], batch)
+def _total(fn, seen, batch):
+    """The sum of what `fn(seen, micro) -> (seen, out)` gives over a batch's first dimension."""
     if batch.inputs.shape[0] == 1:
-        return fn(micro)
-    zeros = jax.tree.map(_zeros, jax.eval_shape(fn, micro))
-    add = lambda total, micro: (jax.tree.map(jnp.add, total, fn(micro)), None)
-    return jax.lax.scan(add, zeros, batch)[0]
+        return fn(seen, _first(batch))[1]
+    zeros = _zeros_of(lambda micro: fn(seen, micro)[1], batch)
+
+    def add(carry, micro):
+        seen, out = fn(carry[0], micro)
+        return (seen, jax.tree.map(jnp.add, carry[1], out)), None
+
+    return jax.lax.scan(add, (seen, zeros), batch)[0][1]
+
+
+def _first(batch):
+    return jax.tree.map(lambda x: x[0], batch)
+
+
+def _zeros_of(fn, batch):
+    """Zeros like fn(micro)."""
+    return jax.tree.map(_zeros, jax.eval_shape(fn, _first(batch)))
 
 
 def _zeros(like):

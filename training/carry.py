@@ -1,7 +1,7 @@
 """Which parameters of one model go where in another, by their paths and the numbers of layers."""
 
 import dataclasses
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 
 import jax
 import jax.numpy as jnp
@@ -9,9 +9,33 @@ import jax.numpy as jnp
 from models.layering import Layering
 
 NAMED = 3  # parameters named in one sentence
+NETWORK = "ffn/"  # names inside a layer of what may be made of another kind of network
 
 Shapes = Mapping[str, tuple[int, ...]]  # {path: shape}
 Piece = tuple[str, int | None] | None  # a path and its row there, None for all; None where lacking
+# (given weights, own ones as usual) -> own weights, all by names inside the network. Traces.
+Make = Callable[[dict, dict], dict]
+# (shapes of given weights, of own ones) -> (make, what is made, in words); ValueError if it cannot.
+Adopt = Callable[[Shapes, Shapes], tuple[Make, str]]
+
+
+@dataclasses.dataclass(frozen=True)
+class Made:
+    """A network made of the source's, which has other weights.
+
+    given, drawn: where weights are, by names inside the network, in the source and here.
+    shapes: of what is made, by the same names.  note: what that is, in words.
+    """
+
+    given: dict[str, Piece]
+    drawn: dict[str, Piece]
+    make: Make
+    shapes: Shapes
+    note: str
+
+    def weights(self, source: dict, whole: dict) -> dict:
+        pick = lambda params, pieces: {name: _row(params[p], i) for name, (p, i) in pieces.items()}
+        return self.make(pick(source, self.given), pick(whole, self.drawn))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -20,41 +44,62 @@ class Plan:
 
     missing, unused: names of what begins as usual, and of what the source has besides; with the
     layers that are meant where others of the same path are not.
+    made: {number of a layer: network}; its weights are pieces at paths that `_at` gives.
     """
 
     pieces: dict[str, tuple[Piece, ...]]
     missing: list[str]
     unused: list[str]
+    made: dict[int, Made]
 
     def take(self, source: dict, whole: dict) -> dict:
         """`whole` with the pieces of `source` in place, laid out as before. Traces."""
+        for layer, network in self.made.items():
+            weights = network.weights(source, whole)
+            source = source | {_at(layer, name): x for name, x in weights.items()}
         taken = {path: self._value(path, source, whole[path]) for path in self.pieces}
         return whole | {p: jax.reshard(x, jax.typeof(whole[p]).sharding) for p, x in taken.items()}
 
     def _value(self, path: str, source: dict, like):
-        row = lambda x, i: x if i is None else jax.lax.index_in_dim(x, i, 0, keepdims=False)
         pieces = self.pieces[path]
         if not Layering.stacks(path):
-            return row(source[pieces[0][0]], pieces[0][1])
+            return _row(source[pieces[0][0]], pieces[0][1])
         if pieces == tuple((path, i) for i in range(len(source.get(path, ())))):
             return source[path]
-        at = lambda piece, i: row(like, i) if piece is None else row(source[piece[0]], piece[1])
+        at = lambda piece, i: _row(like, i) if piece is None else _row(source[piece[0]], piece[1])
         return jnp.stack([at(piece, i) for i, piece in enumerate(pieces)])
 
 
-def match(source: Shapes, of: Layering, target: Shapes, to: Layering) -> Plan:
+def match(
+    source: Shapes,
+    of: Layering,
+    target: Shapes,
+    to: Layering,
+    adopting: Callable[[int, str], Adopt | None] = lambda layer, path: None,
+) -> Plan:
     """Which parameters of a source go where.
+
+    adopting(layer, path): how the layer's network at this path here takes weights of other shapes,
+    None where it does not.
 
     Raises ValueError: one has another shape, or none has a place.
     """
+    made = _made(source, of, target, to, adopting)
+    shapes = {_at(layer, name): s for layer, m in made.items() for name, s in m.shapes.items()}
+    shapes |= source
     held = {(layer, name): piece for layer, name, piece in _places(source, of)}
+    for layer, network in made.items():
+        for name in network.given:
+            del held[layer, NETWORK + name]
+        held |= {(layer, NETWORK + name): (_at(layer, name), None) for name in network.shapes}
     pieces = {path: () for path in target}
     for layer, name, (path, row) in _places(target, to):
         piece = held.get((layer, name))
         pieces[path] += (piece,)
         if piece is not None:
-            _same_shape(path, _row(target[path], row), piece[0], _row(source[piece[0]], piece[1]))
+            _same_shape(path, _shape(target, (path, row)), piece[0], _shape(shapes, piece))
     used = {piece for of_path in pieces.values() for piece in of_path}
+    used |= {piece for network in made.values() for piece in network.given.values()}
     if used <= {None}:
         raise ValueError(f"no parameter has a place here; it has {some(list(source))}")
     missing = {path: [p is None for p in of_path] for path, of_path in pieces.items()}
@@ -62,7 +107,42 @@ def match(source: Shapes, of: Layering, target: Shapes, to: Layering) -> Plan:
     for _, _, piece in _places(source, of):
         unused[piece[0]].append(piece not in used)
     pieces = {path: of_path for path, of_path in pieces.items() if set(of_path) != {None}}
-    return Plan(pieces, list(_names(missing, to)), list(_names(unused, of)))
+    return Plan(pieces, list(_names(missing, to)), list(_names(unused, of)), made)
+
+
+def _made(source, of, target, to, adopting) -> dict[int, Made]:
+    """Networks of layers that both have, where shapes differ and the one here takes the other."""
+    there, here = _networks(source, of), _networks(target, to)
+    made = {}
+    for layer in sorted(there.keys() & here.keys()):
+        given = {name: _shape(source, piece) for name, piece in there[layer].items()}
+        own = {name: _shape(target, piece) for name, piece in here[layer].items()}
+        if all(given[name] == own[name] for name in given.keys() & own.keys()):
+            continue
+        name, (path, _) = next(iter(here[layer].items()))
+        if adopt := adopting(layer, path.removesuffix(f"/{name}")):
+            make, note = adopt(given, own)
+            abstract = lambda shapes: {
+                name: jax.ShapeDtypeStruct(s, jnp.float32) for name, s in shapes.items()
+            }
+            result = jax.eval_shape(make, abstract(given), abstract(own))
+            shapes = {name: x.shape for name, x in result.items()}
+            made[layer] = Made(there[layer], here[layer], make, shapes, note)
+    return made
+
+
+def _networks(shapes: Shapes, layering: Layering) -> dict[int, dict[str, Piece]]:
+    """{layer: where the weights of its feed-forward network are, by name}."""
+    found: dict[int, dict[str, Piece]] = {}
+    for layer, name, piece in _places(shapes, layering):
+        if layer is not None and name.startswith(NETWORK):
+            found.setdefault(layer, {})[name.removeprefix(NETWORK)] = piece
+    return found
+
+
+def _at(layer: int, name: str) -> str:
+    """A path that no parameter has."""
+    return f"made/{layer}/{NETWORK}{name}"
 
 
 def _places(shapes: Shapes, layering: Layering) -> Iterator[tuple[int | None, str, Piece]]:
@@ -73,8 +153,13 @@ def _places(shapes: Shapes, layering: Layering) -> Iterator[tuple[int | None, st
             yield layer, name, (path, i if Layering.stacks(path) else None)
 
 
-def _row(shape: tuple[int, ...], row: int | None) -> tuple[int, ...]:
-    return tuple(shape) if row is None else tuple(shape[1:])
+def _shape(shapes: Shapes, piece: Piece) -> tuple[int, ...]:
+    path, row = piece
+    return tuple(shapes[path]) if row is None else tuple(shapes[path][1:])
+
+
+def _row(x: jax.Array, row: int | None) -> jax.Array:
+    return x if row is None else jax.lax.index_in_dim(x, row, 0, keepdims=False)
 
 
 def _same_shape(path: str, here: tuple, source: str, there: tuple) -> None:

@@ -114,6 +114,8 @@ def run(job: Run) -> Outcome:
             read(*pending)  # only a state known to be finite is saved
             pending, ends = None, stop or step == steps
             with watch.clock.paused():
+                if due["eval_every"] or step == steps:
+                    watch.pictures(step, metrics)  # before the save, or a resume might miss them
                 if due["eval_every"] and hearing.scores:
                     evaluate()  # before the save, which keeps what was heard
                 if ends:

@@ -64,14 +64,19 @@ class Loss:
     finish(totals): the scalar loss and what to log, from the totals of all sums and of `counts`.
     It must be linear in every sum that `needs` does not name (a contract test says so), and log
     `domain_loss` and `domain_share` where there are several domains: mixtures read them.
-    needs: sums whose totals enter finish's derivative; they are known in `ctx.totals` when the
-    gradient is taken. after(aux, totals): the state without gradients after the step.
+    needs: sums whose totals enter finish's derivative.  told: layers read those totals, which are
+    then known in `ctx.totals` when the gradient is taken.
+    running: the derivative takes for them what has been summed up to and with the micro-batch at
+    hand, which saves a pass and is exact for one micro-batch only.
+    after(aux, totals): the state without gradients after the step.
     taps: what layers are asked to report in training, beside `model.taps`; evaluation asks nothing.
     """
 
     sums: Callable[[dict, Batch, Context], Sums]
     finish: Callable[[Sums], tuple[Float[Array, ""], dict]]
     needs: tuple[str, ...] = ()
+    told: bool = False
+    running: bool = False
     after: Callable[[dict, Sums], dict] | None = None
     taps: tuple[str, ...] = ()
 

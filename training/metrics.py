@@ -16,6 +16,7 @@ from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 OWN = ("step", "tokens", "time")
+PICTURE = "picture/"  # what the names of metrics begin with that are drawn, and are no numbers
 NOT_FINITE = {"NaN": math.nan, "Infinity": math.inf, "-Infinity": -math.inf}
 
 
@@ -84,6 +85,11 @@ class Log:
         """A text for TensorBoard, Markdown."""
         if self._events is not None:
             self._events.text(int(step), tag, text)
+
+    def image(self, step: int, tag: str, png: bytes) -> None:
+        """A picture for TensorBoard, a whole PNG file."""
+        if self._events is not None:
+            self._events.image(int(step), tag, png)
 
     def hparams(self, config: dict[str, Any], metrics: dict[str, Any]) -> None:
         """The configuration (nested or flat) beside the final metrics, at the last step."""

@@ -21,7 +21,7 @@ from parallel import zero
 from parallel.rules import RULES, layout, partition, ways
 from parallel.weight import Table
 from training import adapter as adapters
-from training import step
+from training import balance, step
 from training.loss import by_domain, log_likelihood, right
 from training.state import TrainState, pair
 
@@ -97,6 +97,8 @@ def build(
             return TrainState(jnp.int32(0), nothing, nothing, params, tx.init(held), aux)
 
         loss = _loss(config["loss"], lambda params, inputs, ctx: model(params)(inputs, ctx))
+        # A config of a run from before this key has none.
+        loss = balance.around(loss, own, config.get("balance", {}))
         asked = context | {"taps": (*context["taps"], *loss.taps)}
         run = step.make(loss, tx, lr, seed=seed, context=asked, ema=ema, place=place)
         state = _placed(jax.eval_shape(init), mesh)
@@ -168,8 +170,9 @@ def _loss(config: Mapping, apply: Callable):
 def _chosen(pattern: str | None, own: Table, added: Table) -> list[str]:
     """What is trained: all that is added, and of the model's own what the pattern matches.
 
-    Without a pattern that is nothing where something is added, else all.
+    Without a pattern that is nothing where something is added, else all; state never is.
     """
+    own = {path: entry for path, entry in own.items() if entry.weight.group != "state"}
     if pattern is None:
         return list(added or own)
     chosen = [path for path in own if re.fullmatch(pattern, path)]
@@ -241,6 +244,8 @@ def _check_used(weights: Table, mesh) -> None:
     """Refuses devices that would only repeat what others do."""
     names = {"batch", "length", *(name for entry in weights.values() for name in entry.axes)}
     used = {axis for name in names if name for axis in RULES[name]}
+    # Rows are split over the experts' devices too, but that is what mesh.data is for.
+    used -= set() if "experts" in names else set(RULES["experts"])
     for axis, size in mesh.shape.items():
         if size > 1 and axis not in used:
             raise ValueError(

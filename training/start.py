@@ -2,9 +2,19 @@
 
 A parameter goes to its own path; one of a layer goes to the layer of the same number, so that a
 layer may have moved between prefix, pattern and suffix, or into a stack of another period.
+
+Where a layer's feed-forward network has weights of other shapes than that run's, its class here may
+say how they are made of those:
+
+    adopt(ffn: str, given: Shapes, own: Shapes) -> (make, what is made, in words)
+
+ffn: the file of that run's network.  given, own: shapes of its weights and of the class's own, by
+their names inside the network.  make(given, drawn) -> own weights, of which drawn are those that
+begin as usual; what it leaves out begins so too. ValueError, one sentence, if it cannot.
 """
 
 import dataclasses
+import functools
 import sys
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
@@ -13,14 +23,15 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import NamedSharding
 
+from models import block
 from models.layering import Layering
 from parallel.rules import partition, ways
 from parallel.weight import Entry, Table
 from training.adapter import Adapter
-from training.carry import NAMED, Plan, Shapes, match, some
+from training.carry import NAMED, Adopt, Plan, Shapes, match, some
 from training.checkpoint import READING, Checkpoints
 from training.leaves import aux_keys
-from training.program import described
+from training.program import described, parameters
 from training.run import Run
 from training.state import TrainState
 
@@ -75,14 +86,47 @@ def first(job: Run, *, quiet: bool = False) -> tuple[TrainState, dict]:
 def _begin(job: Run, folder: str, source: Source, quiet: bool) -> tuple[TrainState, dict]:
     here = {path: entry.shape for path, entry in job.program.table.items()}
     layers = [Layering.of(config["model"]) for config in (source.config, job.config)]
-    plan = match(source.shapes, layers[0], here, layers[1])
+    plan = match(source.shapes, layers[0], here, layers[1], _adopting(job, source))
     merge = lambda read, drawn: plan.take(source.adapter.merged(read), drawn)
     state = job.program.init(source.read(job.mesh), merge)
     if not quiet:
         print("\n".join(_told(plan, folder, source.step)), file=sys.stderr)
     part = lambda names: {"count": len(names), "some": names[:NAMED]}
     told = {"missing": part(plan.missing), "unused": part(plan.unused)}
+    if plan.made:
+        notes = dict.fromkeys(network.note for network in plan.made.values())
+        told["made"] = {"count": len(plan.made), "some": list(notes)[:NAMED]}
     return state, {"start": {"folder": folder, "step": source.step} | told}
+
+
+def _adopting(job: Run, source: Source) -> Callable[[int, str], Adopt | None]:
+    """How the network of a layer, at a path here, takes the weights of that layer's there."""
+    model = job.program.model(parameters(job.program.state, averaged=False))
+    kinds = _kinds(source.config["model"])
+    inside = lambda at, part: at[int(part)] if part.isdigit() else getattr(at, part)
+
+    def adopting(layer: int, path: str) -> Adopt | None:
+        network = functools.reduce(inside, path.split("/"), model)
+        if not hasattr(network, "adopt"):
+            return None
+
+        def adopt(given: Shapes, own: Shapes):
+            try:
+                make, note = network.adopt(kinds[layer], given, own)
+            except ValueError as error:
+                raise ValueError(f"{path}: {error}") from None
+            return make, f"{kinds[layer]} became {note}"
+
+        return adopt
+
+    return adopting
+
+
+def _kinds(model: Mapping) -> list[str]:
+    """The file of each layer's feed-forward network."""
+    layering, names = Layering.of(model), ("blocks", "mixers", "ffns", "ffn")
+    entries = (*model["prefix"], *model["pattern"] * layering.periods, *model["suffix"])
+    return [block.layer(entry, **{n: model[n] for n in names}).ffn for entry in entries]
 
 
 def opened(folder: str, tokenizer, use: Callable[[Source], Any], *, trust: bool = False) -> Any:
@@ -126,11 +170,16 @@ def _laid_out(entry: Entry, mesh) -> jax.ShapeDtypeStruct:
 def _told(plan: Plan, folder: str, step: int) -> Iterator[str]:
     count = lambda names: f"{len(names)} parameter{'s' if len(names) > 1 else ''}"
     yield f"note: beginning with the parameters of {folder}, step {step}"
+    for note in dict.fromkeys(network.note for network in plan.made.values()):
+        layers = [str(layer) for layer, network in plan.made.items() if network.note == note]
+        yield f"note: in layer{'s' if len(layers) > 1 else ''} {', '.join(layers)}, {note}"
     if plan.missing:
-        lacking = f"{count(plan.missing)} begin as usual, which it does not have"
+        begin = "begins" if len(plan.missing) == 1 else "begin"
+        lacking = f"{count(plan.missing)} {begin} as usual, which it does not have"
         yield f"note: {lacking} ({some(plan.missing)})"
     if plan.unused:
-        yield f"note: {count(plan.unused)} of it have no place here ({some(plan.unused)})"
+        have = "has" if len(plan.unused) == 1 else "have"
+        yield f"note: {count(plan.unused)} of it {have} no place here ({some(plan.unused)})"
 
 
 def tuples(tree):

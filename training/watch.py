@@ -11,7 +11,7 @@ import numpy as np
 from training.checkpoint import CheckpointError, Checkpoints
 from training.evaluate import Score
 from training.flops import mfu
-from training.metrics import Clock, Log
+from training.metrics import PICTURE, Clock, Log
 from training.program import parameters
 from training.progress import bar
 from training.run import Run
@@ -51,11 +51,12 @@ class Watch:
     def read(self, step: int, metrics: Mapping, also: Iterable[str] = ()) -> dict:
         """Fetches the metrics of a step, checks that they are finite, shows and logs them.
 
-        also: names of metrics that are fetched of every step.  Returns what was fetched.
+        also: names of metrics that are fetched of every step.  Returns what was fetched, which
+        holds no pictures.
         """
         wanted = step % self._job.config["train"]["log_every"] == 0
         wanted = wanted or step == self._job.config["steps"] or step == self._first + 1
-        keys = metrics if wanted else (*FINITE, *also)
+        keys = _numbers(metrics) if wanted else (*FINITE, *also)
         fetched = jax.device_get({key: metrics[key] for key in keys})
         values = _scalars(fetched, self._job.data.domains)
         finite = all(math.isfinite(values[key]) for key in FINITE)
@@ -87,6 +88,19 @@ class Watch:
         text = self._job.sample(parameters(state))
         self.log.text(step, "sample", f"```\n{text}\n```")
         return text
+
+    def pictures(self, step: int, metrics: Mapping) -> None:
+        """Draws those metrics of a step that are pictures; the leader alone fetches them."""
+        names = metrics.keys() - _numbers(metrics)
+        if self._job.draw is None or not names:
+            return
+        self._job.hosts.at("drawing")
+        if not self._job.hosts.leader:
+            return
+        for name, values in jax.device_get({name: metrics[name] for name in sorted(names)}).items():
+            png = self._job.draw(name, values)
+            if png is not None:
+                self.log.image(step, name, png)
 
     @property
     def _step_tokens(self) -> int:
@@ -131,6 +145,11 @@ class Watch:
             f"step {step} has loss {values['loss']}, gradient norm {values['gradient_norm']} and "
             f"parameter norm {values['parameter_norm']}; {last}; its batch held {some}"
         )
+
+
+def _numbers(metrics: Mapping) -> list[str]:
+    """Names of the metrics that are no pictures."""
+    return [name for name in metrics if not name.startswith(PICTURE)]
 
 
 def _scalars(metrics: Mapping, domains: Sequence[str]) -> dict[str, float]:

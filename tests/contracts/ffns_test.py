@@ -77,6 +77,8 @@ def test_shape_and_dtype(ffn, own, D, dtype):
 def test_works_on_each_position_alone(ffn, own):
     """The output at (b, t) reads the input at (b, t) and no other, and rows are treated alike."""
     build, params, _ = _build(ffn, own)
+    if not getattr(build(params), "alone", True):
+        pytest.skip("tokens compete for room")
     x, ctx, weight = _inputs(), _context(), _inputs()
     reads = lambda x, b, t: jnp.sum(weight[0, 0] * build(params)(x, ctx)[0][b, t])
     gradient = jax.jit(jax.grad(lambda x, b, t: reads(x, b, t)))
@@ -87,7 +89,10 @@ def test_works_on_each_position_alone(ffn, own):
 
 
 @every_case
-def test_one_device_equals_eight(ffn, own):
+@pytest.mark.parametrize(
+    "sizes", [dict(data=2, fsdp=2, tensor=2), dict(context=2, expert=2, tensor=2)], ids=str
+)
+def test_one_device_equals_eight(ffn, own, sizes):
     build, params, entries = _build(ffn, own)
     x, segments = _inputs(), np.repeat([[1, 1, 1, 2, 2, 0]], B, 0).astype(np.int32)
 
@@ -99,7 +104,7 @@ def test_one_device_equals_eight(ffn, own):
 
     grads = jax.jit(jax.value_and_grad(run, (0, 1), has_aux=True))
     expected = grads(params, x, _context(segments))
-    with jax.set_mesh(meshes.make(data=2, fsdp=2, tensor=2)):
+    with jax.set_mesh(meshes.make(**sizes)):
         put = lambda x, *names: jax.device_put(x, spec(*names))
         placed = {p: put(leaf, *entries[p].axes) for p, leaf in params.items()}
         actual = grads(placed, put(x, "batch", "length", None), _context(segments))
@@ -111,14 +116,15 @@ def test_one_device_equals_eight(ffn, own):
 
 @every_case
 def test_sums_are_over_valid_tokens(ffn, own):
-    """What is reported adds up over tokens, and padding adds nothing."""
+    """What is reported adds up over tokens, or rows that compete; padding adds nothing."""
     build, params, _ = _build(ffn, own)
     run = jax.jit(lambda params, x, ctx: build(params)(x, ctx)[1])
     if not jax.eval_shape(run, params, _inputs(), _context()):
         return
     segments = np.ones((B, L), np.int32)
     first, second = segments.copy(), segments.copy()
-    first[:, 2:], second[:, :2] = 0, 0
+    part = np.s_[:, 2:] if getattr(build(params), "alone", True) else np.s_[2:]
+    first[part], second[first > 0] = 0, 0
     whole, *parts = (run(params, _inputs(), _context(s)) for s in (segments, first, second))
     for name, total in whole.items():
         _close(parts[0][name] + parts[1][name], total)

@@ -48,7 +48,7 @@ def test_names_are_found_everywhere():
     for one in found:
         scans.setdefault(one.name, set()).add(one.scans)
         assert one.axes == (None if one.name == "under vmap" else ("batch", None))
-        assert one.aval.sharding.spec[0] == ("replica", "data", "fsdp"), one.name
+        assert one.aval.sharding.spec[0] == ("replica", "data", "fsdp", "expert"), one.name
     assert scans == {
         "first": {()}, "in remat": {(3,), (5, 2)}, "in cond": {()}, "in jit": {()},
         "in custom_vjp": {()}, "under vmap": {()},

@@ -33,7 +33,9 @@ def test_every_rule_names_axes_of_the_mesh_once():
 
 def test_partition():
     assert partition() == P()
-    assert partition("batch", "length", None) == P(("replica", "data", "fsdp"), "context", None)
+    assert partition("batch", "length", None) == P(
+        ("replica", "data", "fsdp", "expert"), "context", None
+    )
     assert partition("layers", "embed", None, "heads") == P(None, "fsdp", None, "tensor")
     assert partition("batch", "embed", axes={"data"}) == P("data", None)
     assert partition("batch", axes={"replica", "fsdp"}) == P(("replica", "fsdp"))
@@ -121,7 +123,7 @@ def test_spec_inside_a_manual_region_leaves_its_axis_out():
         x = jax.device_put(np.zeros((8, 8), np.float32), P("data", "tensor"))
         manual = jax.shard_map(look, in_specs=P("data"), out_specs=P("data"), axis_names={"data"})
         jax.eval_shape(manual, x)
-    assert seen == [P(("replica", "fsdp"), "tensor")]
+    assert seen == [P(("replica", "fsdp", "expert"), "tensor")]
 
 
 def test_constrain_moves_the_array():
@@ -165,5 +167,5 @@ def test_layout_of_abstract_arrays():
     assert layout(jax.ShapeDtypeStruct((), jnp.float32)) == P()
     with jax.set_mesh(meshes.make(data=8)):
         make = lambda: jnp.zeros((8, 2), out_sharding=spec("batch", None))
-        split = P(("replica", "data", "fsdp"), None)
+        split = P(("replica", "data", "fsdp", "expert"), None)
         assert layout(jax.eval_shape(make)) == split

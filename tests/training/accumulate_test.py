@@ -4,6 +4,7 @@ The toy loss has everything that makes splitting hard: a ratio and a square of g
 sum whose gradient is scaled by them (a mixture of experts' balance), beside ordinary linear sums.
 """
 
+import contextlib
 import dataclasses
 
 import jax
@@ -141,7 +142,7 @@ def test_the_totals_needed_are_known_to_the_layers(A):
         return own | {"steered": jnp.sum(own["load"] * load)}
 
     finish = lambda t: (t["steered"] / t["tokens"], {"load": t["load"]})
-    loss = Loss(sums, finish, needs=("load",))
+    loss = Loss(sums, finish, needs=("load",), told=True)
     scalar, metrics, _, gradient = _accumulated(loss, PARAMS, _split(batch, A))
     load = jax.jit(lambda p: _sums(p, batch, of_batch(batch))["load"])
     whole = load(PARAMS)
@@ -150,6 +151,61 @@ def test_the_totals_needed_are_known_to_the_layers(A):
     _close(scalar, np.sum(np.float64(whole) ** 2) / tokens)
     steered = lambda p: jnp.vdot(load(p), whole) / tokens
     _close(gradient, jax.jit(jax.grad(steered))(PARAMS))
+
+
+@pytest.mark.parametrize("sizes", [{}, {"data": 2, "tensor": 4}], ids=["one", "eight"])
+def test_a_running_loss_takes_what_it_has_seen(direct, sizes):
+    """Of needed sums, a micro-batch's gradient has those up to and with it; the value is exact."""
+    parts = jax.tree.map(jnp.asarray, _split(_batch(), 4))
+    micros = [jax.tree.map(lambda x, a=a: x[a], parts) for a in range(4)]
+    of = lambda params, a: _sums(params, micros[a], of_batch(micros[a]))
+
+    def part(params, a):
+        own, before = of(params, a), [of(PARAMS, i) for i in range(a)]
+        seen = {name: own[name] + sum(x[name] for x in before) for name in NEEDY.needs}
+        return NEEDY.finish(counts(parts) | own | seen)[0]
+
+    each = jax.jit(lambda params: [jax.grad(part)(params, a) for a in range(4)])(PARAMS)
+    expected = jax.tree.map(lambda *gradients: sum(gradients), *each)
+    running = dataclasses.replace(NEEDY, running=True)
+    with jax.set_mesh(meshes.make(**sizes)) if sizes else contextlib.nullcontext():
+        put = lambda x: jax.device_put(x, spec(None, "batch", *[None] * (x.ndim - 2)))
+        params = jax.tree.map(lambda x: jax.device_put(x, spec(None)), PARAMS)
+        scalar, _, _, gradient = _accumulated(running, params, jax.tree.map(put, parts))
+    _close((scalar, gradient), (direct["needy"][0], expected))
+    exact = direct["needy"][1]["a"]
+    assert np.abs(expected["a"] - exact).max() > 0.01 * np.abs(exact).max()
+
+
+@pytest.mark.parametrize(
+    ("A", "changes", "passes"),
+    [
+        (1, {}, 1),
+        (1, {"told": True}, 2),
+        (4, {}, 2),
+        (4, {"needs": ()}, 1),
+        (4, {"running": True}, 1),
+        (4, {"running": True, "told": True}, 2),
+    ],
+)
+def test_passes_over_the_batch(direct, A, changes, passes):
+    """One where sums are known before anything is pulled back, or none is told or needed.
+
+    A pass takes two exponentials, and their derivatives none.
+    """
+    loss, given = dataclasses.replace(NEEDY, **changes), []
+
+    def context(micro, totals):
+        given.append(sorted(totals))
+        return _context(micro, totals)
+
+    run = lambda p, parts: value_and_grad(loss, p, parts, context)
+    parts = jax.tree.map(jnp.asarray, _split(_batch(), A))
+    assert str(jax.make_jaxpr(run)(PARAMS, parts)).count("= exp ") == 2 * passes
+    assert given[-1] == (sorted(loss.needs) if passes == 2 else [])
+    if loss.needs and (passes == 2 or A == 1):
+        scalar, _, _, gradient = jax.jit(run)(PARAMS, parts)
+        _close((scalar, gradient), direct["needy"])
 
 
 def test_nothing_at_all_is_finite():

@@ -4,6 +4,7 @@ import json
 import math
 import os
 import signal
+import struct
 import subprocess
 import sys
 import threading
@@ -16,6 +17,9 @@ from tensorboard.backend.event_processing.plugin_event_multiplexer import EventM
 from training import events
 from training.metrics import Clock, Log, MetricsError, read
 
+# As much of a picture's file as events read: it is 30 wide and 20 high.
+_PNG = b"\x89PNG\r\n\x1a\n" + bytes(8) + struct.pack(">II", 30, 20)
+EARLY, LATE = _PNG + b"early", _PNG + b"late"
 HEADER = {"config": {"steps": 9, "optim": {"lr": 1e-3}}, "parameters": 12}
 
 
@@ -68,8 +72,9 @@ def test_a_metric_cannot_take_an_own_name(tmp_path):
 def test_resume_cuts_both_back(tmp_path, torn):
     with Log(tmp_path, HEADER) as log:
         write(log, range(1, 6))
-        log.text(2, "sample", "early")
-        log.text(5, "sample", "late")
+        for step, text, png in ((2, "early", EARLY), (5, "late", LATE)):
+            log.text(step, "sample", text)
+            log.image(step, "picture/a", png)
         log.scalars(5, {"only/late": 1.0})
         log.hparams({}, {"loss": 5.0})
     with open(tmp_path / "metrics.jsonl", "ab") as file:
@@ -96,6 +101,11 @@ def test_resume_cuts_both_back(tmp_path, torn):
     accumulator = EventAccumulator(str(tmp_path / "tb")).Reload()
     texts = accumulator.Tensors("sample/text_summary")
     assert [(text.step, text.tensor_proto.string_val) for text in texts] == [(2, [b"early"])]
+    files = [path.read_bytes() for path in (tmp_path / "tb").iterdir()]
+    assert [EARLY in b"".join(files), LATE in b"".join(files)] == [True, False]
+    (image,) = accumulator.Images("picture/a")
+    assert (image.step, image.encoded_image_string) == (2, EARLY)
+    assert (image.width, image.height) == (30, 20)
 
 
 def test_resume_twice_and_further_back(tmp_path):
@@ -174,6 +184,7 @@ def test_disabled_writes_nothing(tmp_path):
     with Log(tmp_path / "run", HEADER, enabled=False) as log:
         write(log, [1])
         log.text(1, "a", "b")
+        log.image(1, "a", EARLY)
         log.hparams({}, {})
     assert not (tmp_path / "run").exists()
 
