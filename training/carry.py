@@ -117,7 +117,8 @@ def _made(source, of, target, to, adopting) -> dict[int, Made]:
     for layer in sorted(there.keys() & here.keys()):
         given = {name: _shape(source, piece) for name, piece in there[layer].items()}
         own = {name: _shape(target, piece) for name, piece in here[layer].items()}
-        if all(given[name] == own[name] for name in given.keys() & own.keys()):
+        common = given.keys() & own.keys()
+        if common and all(given[name] == own[name] for name in common):
             continue
         name, (path, _) = next(iter(here[layer].items()))
         if adopt := adopting(layer, path.removesuffix(f"/{name}")):

@@ -75,21 +75,31 @@ def _batch(seed=1):
 
 
 @functools.cache
-def _compiled(loss, domains=1):
-    """(value, sums), gradient of rows `[B L]` by autodiff; what `value_and_grad` gives of parts."""
-    own = dict(train=True, domains=domains, taps=loss.taps)
-    context = lambda micro, totals: of_batch(micro, totals=totals, **own)
+def _compiled(loss):
+    """(value, sums), gradient of rows `[B L]` by autodiff; what `value_and_grad` gives of parts.
+
+    Sums are of one domain, those of parts of K.
+    """
+    own = dict(train=True, taps=loss.taps)
+    context = lambda micro, totals: of_batch(micro, totals=totals, domains=K, **own)
 
     def direct(params, batch):
-        sums = counts(batch) | loss.sums(params, batch, context(batch, {}))
-        return loss.finish(sums)[0], sums
+        sums = counts(batch) | loss.sums(params, batch, of_batch(batch, **own))
+        value, _ = loss.finish(sums)
+        return value, {n: x for n, x in sums.items() if n != f"{PATH}/domains"}
 
     split = lambda params, parts: value_and_grad(loss, params, parts, context)
     return jax.jit(jax.value_and_grad(direct, has_aux=True)), jax.jit(split)
 
 
-def _split(batch, A=A):
-    return jax.tree.map(lambda x: x.reshape(A, B // A, *x.shape[1:]), batch)
+def _on_eight(loss, batch):
+    """What `value_and_grad` gives on eight devices in A micro-batches."""
+    parts = jax.tree.map(lambda x: x.reshape(A, B // A, *x.shape[1:]), batch)
+    with jax.set_mesh(meshes.make(data=2, context=2, expert=2)):
+        put = lambda x, *names: jax.device_put(x, spec(*names, *[None] * (x.ndim - len(names))))
+        parts = jax.tree.map(lambda x: put(x, None, "batch"), parts)
+        found = _compiled(loss)[1](jax.tree.map(put, PARAMS), parts)
+    return jax.tree.map(jnp.asarray, jax.device_get(found))
 
 
 def _close(actual, expected, tolerance=1e-5):
@@ -131,50 +141,34 @@ def test_finish_is_linear_in_what_it_does_not_need(loss):
 
 
 @every_case
-def test_value_and_gradient_are_those_of_the_whole(loss):
-    """By micro-batches and at once; the balance is a number a layer, and what is logged float32.
+def test_micro_batches_on_eight_devices_are_the_whole(loss):
+    """Value, gradient and sums; of `running` methods not the gradient, which is of fewer tokens.
 
-    `running` methods take the first of them from fewer tokens, so that their value alone is exact.
+    Several domains add metrics, the loss's own and routing's, and change nothing else.
     """
-    (value, _), gradient = _compiled(loss)[0](PARAMS, _batch())
-    scalar, metrics, _, accumulated = _compiled(loss)[1](PARAMS, _split(_batch()))
-    assert all(metric.dtype == jnp.float32 for metric in jax.tree.leaves(metrics))
-    assert metrics[f"{PATH}/balance"].shape == (N,)
-    _close(scalar, value)
+    (value, sums), gradient = _compiled(loss)[0](PARAMS, _batch())
+    scalar, metrics, totals, accumulated = _on_eight(loss, _batch())
+    _close([scalar, {n: totals[n] for n in sums}], [value, sums])
     if not loss.running:
         _close(accumulated, gradient)
+    assert all(metric.dtype == jnp.float32 for metric in jax.tree.leaves(metrics))
+    assert metrics[f"{PATH}/balance"].shape == metrics[f"{PATH}/specialisation"].shape == (N,)
+    assert metrics[f"picture/{PATH}/experts_by_domain"].shape == (N, K, E)
+    nll = jnp.vdot(metrics["domain_loss"], metrics["domain_share"])
+    np.testing.assert_allclose(nll, metrics["nll"], rtol=1e-5)
 
 
 @every_case
 def test_a_batch_without_tokens_is_finite_and_gives_no_gradient(loss):
     """Rows of nothing but padding: no NaN, no gradient, and what is kept stays as it was."""
     empty = {n: 0 * getattr(_batch(), n) for n in ("weights", "segment_ids")}
-    run = _compiled(loss)[1]
-    scalar, metrics, totals, gradient = run(PARAMS, _split(_batch()._replace(**empty)))
+    scalar, metrics, totals, gradient = _on_eight(loss, _batch()._replace(**empty))
     assert all(np.all(np.isfinite(leaf)) for leaf in jax.tree.leaves((scalar, metrics)))
     for path, leaf in gradient.items():
         np.testing.assert_array_equal(leaf, 0, err_msg=path)
     if loss.after is not None:
         kept = {"frozen": {f"{PATH}/bias": jnp.ones((N, E))}}
         jax.tree.map(lambda leaf: np.testing.assert_array_equal(leaf, 1), loss.after(kept, totals))
-
-
-@every_case
-def test_eight_devices_equal_one_and_tell_domains_apart(loss):
-    """Several domains add their metrics, the loss's own and routing's, and change nothing else."""
-    (value, sums), gradient = _compiled(loss)[0](PARAMS, _batch())
-    with jax.set_mesh(meshes.make(data=2, context=2, expert=2)):
-        put = lambda x, *names: jax.device_put(x, spec(*names, *[None] * (x.ndim - len(names))))
-        parts = jax.tree.map(lambda x: put(x, None, "batch"), _split(_batch(), 1))
-        found = _compiled(loss, K)[1](jax.tree.map(put, PARAMS), parts)
-    scalar, metrics, totals, eight = found
-    _close([scalar, eight], [value, gradient])
-    same = set(sums) - {f"{PATH}/domains"}
-    _close({n: totals[n] for n in same}, {n: sums[n] for n in same})
-    assert metrics[f"{PATH}/specialisation"].shape == (N,)
-    assert metrics[f"picture/{PATH}/experts_by_domain"].shape == (N, K, E)
-    nll = jnp.vdot(metrics["domain_loss"], metrics["domain_share"])
-    np.testing.assert_allclose(nll, metrics["nll"], rtol=1e-5)
 
 
 def _arguments():

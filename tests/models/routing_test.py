@@ -25,7 +25,7 @@ every_kind = pytest.mark.parametrize(("router", "k"), KINDS)
 seeds = st.integers(0, 2**16)
 # Documents of a row; what they leave of it is padding.
 layouts = st.lists(st.lists(st.integers(1, 5), max_size=3), min_size=B, max_size=B)
-examples = settings(max_examples=12, deadline=None)
+examples = settings(max_examples=8, deadline=None)
 
 
 @functools.cache

@@ -1,5 +1,6 @@
 """Experts that begin as copies of a dense run's networks: the function is kept where it can be."""
 
+import functools
 import itertools
 
 import jax
@@ -24,7 +25,7 @@ DIMS = Dims(d_model=16, length=12, n_layers=2, base_d_model=16)
 
 
 def drawn(of, **own):
-    """(params -> module, abstract module, params) with weights at their start, not zeros."""
+    """(params -> module, params at their start)."""
     graph, state = nnx.split(of(DIMS, rngs=nnx.Rngs(0), **own))
     bind = lambda params: nnx.merge(graph, restore(state, params))
     return bind, flatten(state)
@@ -35,6 +36,13 @@ def outputs(bind, params):
     segments = np.ones((3, 12), np.int32)
     run = jax.jit(lambda params: bind(params)(x, context(segments, segments))[0])
     return np.asarray(run(params))
+
+
+@functools.cache
+def dense_network():
+    """(weights, outputs)."""
+    bind, params = drawn(Dense, width=WIDE)
+    return params, outputs(bind, params)
 
 
 def made(bind, own, given, ffn="swiglu"):
@@ -62,25 +70,23 @@ SLICED = [
 
 @pytest.mark.parametrize("own", [dict(width=WIDE) | own for own in WHOLE] + SLICED, ids=str)
 def test_the_output_is_the_dense_network_s(own):
-    dense, given = drawn(Dense, width=WIDE)
-    bind, drawn_here = drawn(FFN, **own)
-    weights, note = made(bind, drawn_here, given)
-    close(outputs(bind, drawn_here | weights), outputs(dense, given))
+    given, known = dense_network()
+    bind, usual = drawn(FFN, **own)
+    weights, note = made(bind, usual, given)
+    close(outputs(bind, usual | weights), known)
     slices = WIDE // own["width"]
     alone = slices - own.get("shared", 0) % slices == 1
-    usual = {"bias", "router"} if alone else {"bias"}
-    assert weights.keys() == drawn_here.keys() - usual
-    assert {name: w.shape for name, w in weights.items()} == {
-        n: drawn_here[n].shape for n in weights
-    }
+    left = {"bias", "router"} if alone else {"bias"}
+    assert weights.keys() == usual.keys() - left
+    assert {name: w.shape for name, w in weights.items()} == {n: usual[n].shape for n in weights}
     kept = "the same" if "capacity" not in own else "the same but for what is dropped"
     assert note.endswith(f"; the output stays {kept}")
 
 
 def test_experts_of_the_whole_width_are_copies():
-    _, given = drawn(Dense, width=WIDE)
-    bind, drawn_here = drawn(FFN, experts=4, width=WIDE)
-    weights, note = made(bind, drawn_here, given)
+    given, _ = dense_network()
+    bind, usual = drawn(FFN, experts=4, width=WIDE)
+    weights, note = made(bind, usual, given)
     for expert in range(4):
         np.testing.assert_array_equal(weights["up"][expert], given["up"])
         np.testing.assert_array_equal(weights["down"][expert], given["down"])
@@ -88,16 +94,16 @@ def test_experts_of_the_whole_width_are_copies():
 
 
 def test_narrower_experts_are_slices_in_groups_of_equal_columns():
-    _, given = drawn(Dense, width=WIDE)
-    bind, drawn_here = drawn(FFN, experts=6, top_k=3, width=12, shared=1)
-    weights, note = made(bind, drawn_here, given)
+    given, _ = dense_network()
+    bind, usual = drawn(FFN, experts=6, top_k=3, width=12, shared=1)
+    weights, note = made(bind, usual, given)
     np.testing.assert_array_equal(weights["shared_up"], given["up"][..., :12])
     np.testing.assert_array_equal(weights["shared_down"], given["down"][:12])
     for expert in range(6):
         part = np.s_[12 * (1 + expert % 3) : 12 * (2 + expert % 3)]
         np.testing.assert_array_equal(weights["up"][expert], given["up"][..., part])
         np.testing.assert_array_equal(weights["down"][expert], 3 * given["down"][part])
-        column = drawn_here["router"][:, expert // 3]
+        column = usual["router"][:, expert // 3]
         np.testing.assert_array_equal(weights["router"][:, expert], column)
     assert note.startswith("6 experts and 1 shared, copies of its 4 slices;")
 
@@ -112,11 +118,11 @@ def test_narrower_experts_are_slices_in_groups_of_equal_columns():
     ids=str,
 )
 def test_gates_without_a_fixed_sum_keep_it_where_they_are_even(own):
-    dense, given = drawn(Dense, width=WIDE)
-    bind, drawn_here = drawn(FFN, experts=6, scale=1.5, **own)
-    weights, note = made(bind, drawn_here, given)
-    even = drawn_here | weights | {"router": 0 * drawn_here["router"]}
-    close(outputs(bind, even), outputs(dense, given))
+    given, known = dense_network()
+    bind, usual = drawn(FFN, experts=6, scale=1.5, **own)
+    weights, note = made(bind, usual, given)
+    even = usual | weights | {"router": 0 * usual["router"]}
+    close(outputs(bind, even), known)
     assert f"roughly the same, as gates of router {own['router']!r} have no fixed sum" in note
 
 
@@ -159,9 +165,9 @@ def test_gates_without_a_fixed_sum_keep_it_where_they_are_even(own):
 )
 def test_what_cannot_be_made(own, changes, ffn, expected):
     _, given = drawn(Dense, width=WIDE, **changes)
-    bind, drawn_here = drawn(FFN, **own)
+    bind, usual = drawn(FFN, **own)
     with pytest.raises(ValueError, match=expected) as error:
-        made(bind, drawn_here, given, ffn)
+        made(bind, usual, given, ffn)
     assert "\n" not in str(error.value)
 
 
@@ -172,7 +178,7 @@ def test_layers_are_made_one_by_one_and_those_that_fit_are_carried():
     source = {"prefix/0/ffn/w": row(0, 1), "prefix/1/ffn/w": row(1, 3)}
     source |= {"blocks/0/ffn/w": stack((2, 3), 1), "blocks/0/ffn/b": np.zeros((2, 5))}
     target = {"prefix/0/ffn/w": -row(0, 3), "blocks/0/ffn/w": -stack((1, 2, 3, 4), 3)}
-    target |= {"blocks/0/ffn/v": stack((1, 2, 3, 4), 1)}
+    target |= {f"blocks/0/ffn/{name}": np.ones((4, 5)) for name in "bv"}
     asked = []
 
     def adopting(layer, path):
@@ -192,12 +198,14 @@ def test_layers_are_made_one_by_one_and_those_that_fit_are_carried():
     np.testing.assert_array_equal(taken["prefix/0/ffn/w"], 10 + row(0, 3))
     known = [row(1, 3), 10 + row(2, 3), 10 + row(3, 3), -row(4, 3)]
     np.testing.assert_array_equal(taken["blocks/0/ffn/w"], known)
-    np.testing.assert_array_equal(taken["blocks/0/ffn/v"], target["blocks/0/ffn/v"])
+    # What is made may leave out what would fit.
+    for name in "bv":
+        np.testing.assert_array_equal(taken[f"blocks/0/ffn/{name}"], 1)
     assert asked[0] == (0, "prefix/0/ffn", {"w": (1, 2)}, {"w": (3, 2)})
     assert asked[1][:3] == (2, "blocks/0/ffn", {"w": (1, 2), "b": (5,)})
     notes = {layer: network.note for layer, network in plan.made.items()}
     assert notes == {0: "tens at prefix/0/ffn"} | dict.fromkeys((2, 3), "tens at blocks/0/ffn")
-    assert plan.missing == ["blocks/0/ffn/w of layer 4", "blocks/0/ffn/v"]
+    assert plan.missing == ["blocks/0/ffn/w of layer 4", "blocks/0/ffn/b", "blocks/0/ffn/v"]
     assert plan.unused == []
     with pytest.raises(ValueError, match=r"prefix/0/ffn/w has the shape \[1 2\] there and \[3 2\]"):
         carry.match(shapes(source), sizes[0], shapes(target), sizes[1])
@@ -265,9 +273,7 @@ def begun(root, workdir, devices=1, **changes):
             jax.tree.leaves(state), jax.tree.leaves(built.program.state), strict=True
         ):
             assert (x.shape, x.sharding) == (like.shape, like.sharding)
-        fresh = built.program.init()
-        whole = lambda state: jax.device_get(parameters(state, averaged=False))
-        return whole(state), whole(fresh), told["start"]
+        return jax.device_get(parameters(state, averaged=False)), told["start"], built
 
 
 SPLIT = dict(mesh__fsdp=2, mesh__expert=2, mesh__tensor=2)
@@ -303,7 +309,9 @@ def test_copies_go_their_own_ways(root, dense, tmp_path):
 def test_layers_of_prefix_and_stack_are_copies_of_their_own_numbers(root, dense, tmp_path, capsys):
     folder, given, _, _ = dense
     changes = moe(experts=4) | dict(model__prefix="attention", start=folder)
-    got, fresh, told = begun(root, tmp_path, **changes)
+    got, told, built = begun(root, tmp_path, **changes)
+    with jax.set_mesh(built.mesh):
+        fresh = jax.device_get(parameters(built.program.init()))
     for layer in range(3):
         part = "prefix/0" if layer == 0 else "blocks/0"
         row = (lambda x: x) if layer == 0 else (lambda x, layer=layer: x[layer - 1])
@@ -335,7 +343,7 @@ def test_layers_that_stay_dense_keep_their_weights(root, dense, tmp_path):
         "model__blocks__first__heads": 2,
         "model__prefix": "first",
     }
-    got, _, told = begun(root, tmp_path, start=folder, **changes)
+    got, told, _ = begun(root, tmp_path, start=folder, **changes)
     np.testing.assert_array_equal(got["prefix/0/ffn/up"], given["blocks/0/ffn/up"][0])
     np.testing.assert_array_equal(got["blocks/0/ffn/up"][1, 3], given["blocks/0/ffn/up"][2])
     assert told["made"]["count"] == 2
@@ -356,7 +364,7 @@ def test_experts_of_the_same_sizes_are_carried_with_their_router(root, dense, tm
     own = moe(experts=4)
     _, first = ran(root, tmp_path / "first", steps=0, start=dense[0], **own)
     given = jax.device_get(parameters(first.state))
-    got, _, told = begun(root, tmp_path / "second", start=tmp_path / "first", **own)
+    got, told, _ = begun(root, tmp_path / "second", start=tmp_path / "first", **own)
     assert got.keys() == given.keys()
     for path in got:
         np.testing.assert_array_equal(got[path], given[path])
