@@ -18,6 +18,7 @@ begin with the weights of a run whose layers have dense networks, see `FFN.adopt
 """
 
 import dataclasses
+import functools
 import math
 from collections.abc import Callable, Mapping
 
@@ -113,7 +114,7 @@ class FFN(nnx.Module):
         )
         logits = named(logits, "router", "batch", "length", None)
         routed, aux = route(logits, self.bias[...], ctx, **own)
-        y, lost = self._routed(x, routed, ctx)
+        y, lost = self._routed(x, routed, most, ctx)
         aux["dropped"] = aux["dropped"] + jnp.sum(lost.astype(jnp.float32))
         return y if self.shared_up is None else y + self._shared(x, ctx), aux
 
@@ -161,21 +162,23 @@ class FFN(nnx.Module):
         roughly = f"roughly the same, as gates of router {self.kind!r} have no fixed sum"
         return make, f"{cut.told}; the output stays {same if fixed else roughly}"
 
-    def _routed(self, x, routed: Route, ctx):
+    def _routed(self, x, routed: Route, most: int | None, ctx):
         """What the chosen experts give together, [B L D], and which assignments were lost."""
         weights = [w[...].astype(x.dtype) for w in (self.up, self.down)]
         if jax.sharding.get_abstract_mesh().empty:
-            return self._on_a_shard(x, *routed, *weights, axis=None)
+            return self._on_a_shard(x, *routed, *weights, most=most, axis=None)
         rows = P(RULES["batch"], None if ctx.decoding else RULES["length"], None)
         specs = rows, rows, rows, P("expert", None, None, "tensor"), P("expert", "tensor", None)
-        run = manual(lambda *a: self._on_a_shard(*a, axis="expert"), MESH_AXES, specs, (rows, rows))
-        return run(x, *routed, *weights)
+        run = functools.partial(self._on_a_shard, most=most, axis="expert")
+        return manual(run, MESH_AXES, specs, (rows, rows))(x, *routed, *weights)
 
-    def _on_a_shard(self, x, chosen, gates, up, down, *, axis):
+    def _on_a_shard(self, x, chosen, gates, up, down, *, most, axis):
         b, L, D = x.shape
         k, E = self.top_k, self.router.shape[-1]
         shards = 1 if axis is None else jax.lax.axis_size(axis)
-        room = self.room and math.ceil(self.room * b * L * k / shards)
+        # With a capacity no more than that can be sent, which saves memory and loses nothing.
+        room = most and b * E // shards * most
+        room = math.ceil(self.room * b * L * k / shards) if self.room else room
         op = lambda rows, sizes: self._experts(rows, sizes, up, down)
         flat = chosen.reshape(b * L, k)
         y, lost = exchange(

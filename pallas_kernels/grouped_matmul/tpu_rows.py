@@ -75,7 +75,8 @@ def heuristic(M: int, D: int, C: int, dtype, transposed: bool) -> Rows:
         most = (room // (2 * size) - T * whole(D, LANES)) // ((whole(D, LANES) + T) * unit)
         for n in range(1, min(most, columns) + 1):
             tiles = math.ceil(columns / n)
-            found.append((math.ceil(tiles / info.num_cores) * n, tiles, -T, n))
+            work = math.ceil(tiles / info.num_cores) * n
+            found.append((max(part - T, 0), work, tiles, -T, n))
     if not found:
         raise NotImplementedError(
             f"pallas_tpu sums over {D} at once, and of {dtype} no tile so deep fits into VMEM: use "

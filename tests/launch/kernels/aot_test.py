@@ -18,6 +18,7 @@ CHIPS = {
     ("flash_attention", "gpt-oss-local"): ("v5p", "h200"),
     ("linear_attention", "llama-7b-4k"): ("v5p", "v6e", "h200"),
     ("linear_attention", "llama-7b-16k-packed"): ("v5p", "h200"),
+    ("grouped_matmul", "moonshot"): ("v5p", "h200"),
 }
 WITHIN = 0.02  # of predicted times and sizes: what a compiler's tie-breaking may change
 
