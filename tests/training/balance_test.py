@@ -69,8 +69,8 @@ def test_its_weight_is_the_same_on_any_number_of_devices():
     each = [gradient(routed.oracle(batch, [(own, here)])) for own in devices]
     buggy = jax.tree.map(lambda *parts: np.mean(parts, 0), *each)
     right = gradient(routed.oracle(batch))
-    assert routed.error(one, right) < 5e-6
-    assert routed.error(eight, right) < 5e-6
+    assert routed.error(one, right) < 3e-6
+    assert routed.error(eight, right) < 3e-6
     assert routed.error([8 * leaf for leaf in buggy], right) < 1e-12
 
 
@@ -105,14 +105,15 @@ def _states(rows=None):
     run = jax.jit(step.make(loss, tx, lr, seed=0, context={"taps": loss.taps}, ema=None))
     start = {path: PARAMS[path] for path in routed.TRAINED}
     aux = {"frozen": {BIAS: np.zeros((N, E), np.float32)}}
-    states = [TrainState(np.int32(0), pair(0), pair(0), start, tx.init(start), aux)]
+    opt = jax.device_get(tx.init(start))
+    states = [TrainState(np.int32(0), pair(0), pair(0), start, opt, aux)]
     mesh = meshes.make(**MESHES[8])
     with jax.set_mesh(mesh):
         for number in range(3):
             params = states[-1].params | states[-1].aux["frozen"]
             trained, fixed, batch = routed.placed(params, routed.batch(number, 4), 2, mesh)
             given = states[-1]._replace(params=trained, aux={"frozen": fixed})
-            found = run(jax.tree.map(jnp.asarray, given), batch)
+            found = run(given, batch)
             assert differences(found) == []
             states.append(jax.device_get(found[0]))
     return states
@@ -168,7 +169,7 @@ def test_a_buffer_balances_over_what_it_has_seen():
     value, term, counts, gradient = routed.run(routed.loss("buffer"), batch, 4)
     routed.check((value, term, counts, gradient), (*exact[:3], routed.oracle(batch, seen)[3]))
     tokens, expected = gradient["tokens"], exact[3]["tokens"]
-    assert routed.error(tokens[W // 2 :], expected[W // 2 :]) < 5e-6
+    assert routed.error(tokens[W // 2 :], expected[W // 2 :]) < 3e-6
     assert routed.error(tokens[: W // 2], expected[: W // 2]) > 1e-3
 
 
