@@ -7,8 +7,9 @@ The paper's recipe (section 5.1.2): AdamW 0.9 / 0.95, weight decay 0.1, clipping
 after 2,000 steps of warm-up, times 0.316 after 80% and again after 90% of the steps, standard
 deviation 0.006 at the start, 4,608 rows of 4,096 tokens, 106,449 steps. Deviations: the rate falls
 by a cosine to a tenth, which is where their two steps end; experts are balanced over the global
-batch, with the paper's weight of 0.001, not within each device's. Corpus and tokenizer are the
-embedded ones until others are there; model.vocab holds the published size.
+batch, with the paper's weight of 0.001, not within each device's; a device has room for twice the
+tokens of perfect balance from each that sends to it, and what goes beyond is lost. Corpus and
+tokenizer are the embedded ones until others are there; model.vocab holds the published size.
 
 COMMAND   uv run train --config experiments/deepseek_moe_16b.py --config.mesh.fsdp=16
           --config.mesh.expert=8
@@ -33,6 +34,7 @@ def get_config():
     config.model.ffn = "moe"
     config.model.ffns.swiglu = dict(width=10944)
     config.model.ffns.moe = dict(experts=64, top_k=6, width=1408, shared=2, router="softmax")
+    config.model.ffns.moe.room = 2.0
     config.model.tied = False
     config.model.vocab = 102_400
     config.model.init_std = 0.006

@@ -5,7 +5,8 @@
 
 The paper publishes the model (table 1), not how it was trained. Rows of 4,096 tokens, batch, rate
 and weight decay are Llama 2's (llama_7b.py); the rotary base of 1e6 is the released model's.
-Experts are balanced over the global batch (arXiv 2501.11873, weight 0.008) with a z-loss of 1e-3.
+Experts are balanced over the global batch (arXiv 2501.11873, weight 0.008) with a z-loss of 1e-3,
+and a device has room for twice the tokens of perfect balance from each of those that send to it.
 Corpus and tokenizer are the embedded ones until others are there; model.vocab holds the published
 size.
 
@@ -29,6 +30,7 @@ def get_config():
     config.model.mixers.attention = dict(heads=32, kv_heads=8, rope_base=1e6)
     config.model.ffn = "moe"
     config.model.ffns.moe = dict(experts=8, top_k=2, width=14336, router="topk_softmax")
+    config.model.ffns.moe.room = 2.0
     config.model.tied = False
     config.model.vocab = 32_000
     config.model.norm_eps = 1e-5

@@ -19,10 +19,14 @@ from parallel.vocab import look_up, numbers
 
 VOCAB_MULTIPLE = 128
 EMBEDDING_SALT = 2
+# Who goes to which expert is kept in any case: computed anew it could fall otherwise, by rounding.
+ROUTES = jax.checkpoint_policies.save_only_these_names("routes")
 POLICIES = {
-    "full": None,
-    "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
-    "named": jax.checkpoint_policies.save_only_these_names("attention", "mixer", "ffn"),
+    "full": ROUTES,
+    "dots": jax.checkpoint_policies.save_from_both_policies(
+        jax.checkpoint_policies.dots_with_no_batch_dims_saveable, ROUTES
+    ),
+    "named": jax.checkpoint_policies.save_only_these_names("attention", "mixer", "ffn", "routes"),
 }
 
 

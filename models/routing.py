@@ -7,6 +7,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from models.context import Context, over_tokens
+from parallel.named import named
 from parallel.rules import constrain, spec
 
 ROUTERS = ("softmax", "topk_softmax", "sigmoid")
@@ -39,6 +40,7 @@ def route(
     """
     scores, probability = _scores(logits, router)
     chosen = _choose(jax.lax.stop_gradient(scores) + bias[None, None], top_k)
+    chosen = named(chosen, "routes", "batch", "length", None)
     gates = scale * _gates(jnp.take_along_axis(scores, chosen, -1), router)
     here = ctx.valid[:, :, None]
     picked = jnp.where(here, _one_hot(chosen, logits.shape[-1]), 0.0)

@@ -47,7 +47,11 @@ LAYOUT = re.compile(r"data\.(batch_size|micro_batches|prefetch|workers)")
 
 
 def changes(old: Mapping, new: Mapping) -> Changed:
-    """Of two nested configurations; a key that one of them lacks is None there."""
+    """Of two nested configurations; a key that one of them lacks is None there.
+
+    A run from before there was `balance` has no layer that one could balance.
+    """
+    new = new if "balance" in old else {k: value for k, value in new.items() if k != "balance"}
     old, new = dict(dotted(old)), dict(dotted(new))
     return {key: [old.get(key), new.get(key)] for key in old | new if old.get(key) != new.get(key)}
 

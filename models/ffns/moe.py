@@ -11,10 +11,14 @@ every token (DeepSeekMoE, arXiv 2401.06066). Routers, with logits x W in float32
 
 Dropless unless `capacity` is given: then of a row of L tokens an expert takes the first
 ceil(capacity L k / E) that choose it and the others lose it (GShard, arXiv 2006.16668, with a row
-for its group), so that what is dropped depends on the row alone, not on how the batch is split.
+for its group), so that what is dropped depends on the row alone, not on how the batch is split,
+its packed documents together. Evaluation drops as training does; a prompt is its own row, rounded
+up in length, and decoding drops nothing, so that text is not written by quite the same function.
 
-How the experts are kept equally busy is the training's decision, see training/balances. It may
-begin with the weights of a run whose layers have dense networks, see `FFN.adopt`.
+How the experts are kept equally busy is the training's decision, see training/balances. The bias
+that one of its methods moves is added to the scores for the choice alone, and stays where a run
+goes on, or another begins with it, under a method that moves none. A run may begin with the weights
+of one whose layers have dense networks, see `FFN.adopt`.
 """
 
 import dataclasses
@@ -80,7 +84,7 @@ class FFN(nnx.Module):
         method: str | None = None,
         implementation: str | None = None,
     ):
-        _check(experts, top_k, shared, router, capacity, room)
+        _check(experts, top_k, width, shared, router, capacity, room)
         D, E = dims.d_model, experts
         F = width or _multiple(8 * D / 3 / (top_k + shared))
         self.top_k, self.kind, self.scale, self.capacity = top_k, router, scale, capacity
@@ -265,7 +269,7 @@ def _multiple(width: float, of: int = 64) -> int:
     return -(-math.ceil(width) // of) * of
 
 
-def _check(experts, top_k, shared, router, capacity, room):
+def _check(experts, top_k, width, shared, router, capacity, room):
     if router not in ROUTERS:
         raise ValueError(f"moe's router is {router!r}; known: {', '.join(ROUTERS)}")
     if not 1 <= top_k <= experts:
@@ -275,6 +279,8 @@ def _check(experts, top_k, shared, router, capacity, room):
             "moe's router 'topk_softmax' gives one expert the constant weight 1, from which the "
             "router learns nothing; with top_k 1 take router 'softmax'"
         )
+    if width is not None and width < 1:
+        raise ValueError(f"moe's width is {width}; it must be at least 1, or none")
     if shared < 0:
         raise ValueError(f"moe's shared is {shared}; it must be 0 or more experts")
     for name, value in (("capacity", capacity), ("room", room)):

@@ -14,6 +14,7 @@ from training.balances.global_batch import of_all
 from training.balances.micro_batch import groups
 from training.loss import Loss, at_least_some
 
+PARTS = jnp.floor_divide, jnp.remainder
 CASES = ({"rows": 2}, {"weight": 0.01, "rate": 0.1})
 
 
@@ -24,7 +25,7 @@ def make(
     rate: float = 1e-3,
     rows: int | None = None,
     weight: float = 0.0,
-    z: float = 1e-3,
+    z: float = 0.0,
 ) -> Loss:
     """rate: what the bias moves a step.  rows, weight: see above.  z: of the squared logsumexp."""
     if rate <= 0 or (rows is not None and rows < 1):
@@ -56,8 +57,11 @@ def _steps(path, selected):
 
 
 def _sign(selected):
-    # In whole numbers: a mean is rounded, and equal counts would differ from it.
-    return jnp.sign(jnp.sum(selected, -1, keepdims=True) - selected.shape[-1] * selected)
+    """Of the mean less each, exact: a mean is rounded, and equal counts would differ from it."""
+    counts = selected.astype(jnp.int32)
+    mean, rest = (f(jnp.sum(counts, -1, keepdims=True), counts.shape[-1]) for f in PARTS)
+    below = (counts < mean) | ((counts == mean) & (rest > 0))
+    return jnp.where(below, 1.0, jnp.where(counts > mean, -1.0, 0.0))
 
 
 def _direction(totals, path):

@@ -13,5 +13,10 @@ from training.loss import Loss
 
 def make(loss: Loss, routed: tuple[str, ...], *, weight: float = 0.01, z: float = 1e-3) -> Loss:
     """weight: of the balance terms' sum.  z: of the logits' squared logsumexp (ST-MoE)."""
+    if loss.needs:
+        raise ValueError(
+            f"the loss needs the totals of {loss.needs[0]}, which a buffer would make approximate "
+            f"too; take balance.name=global_batch"
+        )
     exact = global_batch.make(loss, routed, weight=weight, z=z)
     return dataclasses.replace(exact, running=True)

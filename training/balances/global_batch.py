@@ -15,7 +15,8 @@ CASES = ({"weight": 0.1, "z": 0.0},)
 
 def make(loss: Loss, routed: tuple[str, ...], *, weight: float = 0.01, z: float = 1e-3) -> Loss:
     """weight: of the balance terms' sum.  z: of the logits' squared logsumexp (ST-MoE)."""
-    return add(loss, routed, of_all, weight=weight, z=z, needs=("selected",))
+    needs = ("selected",) if weight else ()
+    return add(loss, routed, of_all, weight=weight, z=z, needs=needs)
 
 
 def of_all(totals, path):

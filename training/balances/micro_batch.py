@@ -47,8 +47,9 @@ def groups(micro, rows: int) -> dict:
     b, L = micro.inputs.shape
     if b % rows:
         raise ValueError(
-            f"a balance over {rows} rows does not divide a micro-batch of {b}; change "
-            f"balance.balances.*.rows, data.batch_size or data.micro_batches"
+            f"a balance over {rows} rows does not divide a micro-batch of {b} rows (with zero, of "
+            f"one device along mesh.data); change balance.balances.*.rows, data.batch_size, "
+            f"data.micro_batches or zero"
         )
     of_row = jnp.repeat(jnp.arange(b // rows, dtype=jnp.int32), rows)[:, None]
     return {
