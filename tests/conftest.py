@@ -10,6 +10,7 @@ os.environ["XLA_FLAGS"] = (
 os.environ["JAX_NUMPY_RANK_PROMOTION"] = "raise"
 
 import hypothesis
+import jax
 import pytest
 from jaxtyping import install_import_hook
 
@@ -23,6 +24,14 @@ hypothesis.settings.load_profile("repeatable")
 def cache(tmp_path_factory):
     """What is kept of dear computations, for this session alone."""
     os.environ["MESHWORK_CACHE"] = str(tmp_path_factory.mktemp("cache"))
+
+
+@pytest.fixture(scope="module", autouse=True)
+def programs():
+    """Each file's compiled programs go with it: a process may hold 65,530 memory maps, and the
+    compiler dies of a segmentation fault at the first program beyond them."""
+    yield
+    jax.clear_caches()
 
 
 def pytest_terminal_summary(terminalreporter):
