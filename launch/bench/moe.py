@@ -40,8 +40,9 @@ def bench(
         for A in splits:
             own = {"data.micro_batches": str(A)}
             found = {n: resolve(config, own | {"balance.name": n}) for n in names}
-            ways = _ways(found, progress.within(f"{A} micro-batches"))
-            rows += _rows(ways, A, seconds, repetitions, progress.within(f"{A} micro-batches"))
+            what = "one micro-batch" if A == 1 else f"{A} micro-batches"
+            ways = _ways(found, progress.within(what))
+            rows += _rows(ways, what, seconds, repetitions, progress.within(what))
     sizes = "{batch_size} x {length} tokens a step".format_map(found[PEER]["data"])
     kind = jax.devices()[0].device_kind
     title = f"{config}, {sizes}, {jax.device_count()} x {kind}, jax {jax.__version__}"
@@ -61,19 +62,20 @@ def _ways(configs: Mapping[str, Mapping], progress) -> dict[str, Way]:
     ways = {}
     for name, config in configs.items():
         progress(f"building {name}")
-        program = build(config, mesh, corpus.vocab_size)
+        try:
+            program = build(config, mesh, corpus.vocab_size)
+        except ValueError as error:
+            raise UsageError(str(error)) from None
         if not balance.routed(program.table):
             raise UsageError(f"no layer of {name} routes; set model.ffn=moe")
-        A = config["data"]["micro_batches"]
-        split = lambda x, A=A: x.reshape(A, len(x) // A, *x.shape[1:])
-        host = jax.tree.map(split, corpus.batch(0))
         with jax.set_mesh(mesh):
             homes = jax.tree.map(lambda like: like.sharding, program.batch)
-            ways[name] = Way(program.step, program.init(), [jax.device_put(host, homes)], mesh)
+            batch = jax.device_put(corpus.batch(0), homes)
+            ways[name] = Way(program.step, program.init(), [batch], mesh)
     return ways
 
 
-def _rows(ways: Mapping[str, Way], A, seconds, repetitions, progress) -> list[Row]:
+def _rows(ways: Mapping[str, Way], what, seconds, repetitions, progress) -> list[Row]:
     once = 0.0
     for way in ways.values():
         with way.scope():
@@ -87,7 +89,6 @@ def _rows(ways: Mapping[str, Way], A, seconds, repetitions, progress) -> list[Ro
 
     timed = {name: lambda way=way: sample(way) for name, way in ways.items()}
     found = measure.interleaved(timed, repetitions, progress)
-    what = "one micro-batch" if A == 1 else f"{A} micro-batches"
     return [
         Row(f"{name}, {what}", "steps/s", samples, found[PEER])
         for name, samples in found.items()
