@@ -22,9 +22,9 @@ FULL      uv run sweep experiments/moe_balance.py --config.data.batch_size=512
           --config.model.ffns.moe.shared=4 --config.model.ffns.moe.width=512
           --config.model.dtype=bfloat16 --workdir runs/moe_balance_full
           (rows_4 with rows=128, and a corpus of 120e9 tokens)
-EXPECTED  both undecided, -0.003 bits a byte each with intervals of +-0.015: the best weight of every
-          arm is 0.01. With 0.1 rows_1 is 0.033 worse than the others, which moe_rows.py asks anew,
-          as in experiments/results/moe_balance.md
+EXPECTED  both undecided, -0.003 bits a byte each with intervals of +-0.015: the best weight of
+          every arm is 0.01. With 0.1 rows_1 is 0.033 worse than the others, which moe_rows.py asks
+          anew, as in experiments/results/moe_balance.md
 """
 
 from experiments import base
