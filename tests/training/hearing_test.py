@@ -128,7 +128,7 @@ def same(built, workdir, whole):
     assert logged(workdir) == logged(other)
 
 
-MIXINGS = {"online": {}, "dynamic": {"data__mixings__dynamic__references": "code:1,prose:2"}}
+MIXINGS = {"online": {}, "dynamic": {"data__mixings__dynamic__references": "code:1,words:2"}}
 
 
 @pytest.mark.parametrize("mixing", MIXINGS)
