@@ -19,9 +19,9 @@ FULL      uv run sweep experiments/moe_dense.py --config.data.batch_size=512
           --config.model.layers=24 --config.model.mixers.attention.heads=16
           --config.model.dtype=bfloat16 --workdir runs/moe_dense_full
           (experts and widths of the arms times 8, and a corpus of 120e9 tokens)
-EXPECTED  fine confirmed, -0.040 bits a byte (-0.074 to -0.005); coarse undecided, -0.051 (-0.109 to
-          +0.008), though better with each seed; every arm stands at the edge of the two rates, as in
-          experiments/results/moe_dense.md
+EXPECTED  fine confirmed, -0.040 bits a byte (-0.074 to -0.005); coarse undecided, -0.051 (-0.109
+          to +0.008), though better with each seed; every arm stands at the edge of the two rates,
+          as in experiments/results/moe_dense.md
 """
 
 from experiments import base
