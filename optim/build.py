@@ -7,6 +7,7 @@ import inspect
 import pkgutil
 from collections.abc import Callable
 
+import jax.numpy as jnp
 import optax
 
 from optim import methods as methods_folder
@@ -37,12 +38,13 @@ def build(
     weight_decay: decoupled, W <- W - lr (direction + weight_decay W), where the table says `decay`.
 
     `tx.update(grads, state, params, tokens=n, batch_tokens=m, report=None)` takes the tokens seen
-    before the step and those of the step, float32 scalars, and a dict to which the method adds what
-    is worth logging. Its state is the method's alone. `lr_fn(n, m)` is
-    the learning rate of that update: the schedule AT n + m, the step's own tokens included. So the
-    first step is not spent on a warm-up's zero, the last one uses exactly the schedule's value at
-    the end (nothing, where that is 0: its batch moves only the moments), and a learning rate logged
-    beside the tokens seen after the step lies on the curve.
+    before the step and those of the step, float32 scalars, and a dict to which metrics of the
+    method are added, `[N]` of N stacked layers (`<path>/trust_ratio`). Its state is the method's
+    alone. `lr_fn(n, m)` is the learning rate of that update, before it is multiplied by
+    `width(entry)` of the method's file: the schedule AT n + m, the step's own tokens included. So
+    the first step is not spent on a warm-up's zero, the last one uses exactly the schedule's value
+    at the end (nothing, where that is 0: its batch moves only the moments), and a learning rate
+    logged beside the tokens seen after the step lies on the curve.
 
     Leaves keep their sharding; norms are global, whatever the sharding. Raises ValueError in one
     sentence for unknown names, phases that do not fit and values out of range; KeyError for a
@@ -58,8 +60,7 @@ def build(
         schedule, schedules.get(schedule, {}), total=total_tokens, peak=lr, warmup=warmup
     )
     method = optax.with_extra_args_support(method)
-    width = lambda path: module.width(lookup(table, path))
-    return _chain(method, lr_fn, clip, width), lr_fn
+    return _chain(method, lr_fn, clip, table, module.width), lr_fn
 
 
 def lookup(table: Table, path: str) -> Entry:
@@ -94,18 +95,30 @@ def decay(
     )
 
 
-def _chain(method, lr_fn, clip, width):
+def _by_layer(entry: Entry, x):
+    """The mean over the matrices of a layer of what a method told of each."""
+    return jnp.mean(x, tuple(range(entry.layers, x.ndim)))
+
+
+def _chain(method, lr_fn, clip, table, width):
     """Clip, method, -lr by width. Written out rather than `optax.chain`d: the first and the last
     have no state, so a checkpoint's layout does not depend on whether clipping is on."""
     clipper = optax.identity() if clip is None else optax.clip_by_global_norm(clip)
 
-    def update(grads, state, params, *, tokens, batch_tokens, **extra):
+    def update(grads, state, params, *, tokens, batch_tokens, report=None, **extra):
         grads, _ = clipper.update(grads, optax.EmptyState())
-        extra = extra | {"tokens": tokens, "batch_tokens": batch_tokens}
+        told: dict = {}
+        extra = extra | {"tokens": tokens, "batch_tokens": batch_tokens, "report": told}
         direction, state = method.update(grads, state, params, **extra)
+        if report is not None:
+            report |= {
+                name: _by_layer(lookup(table, name.rpartition("/")[0]), x)
+                for name, x in told.items()
+            }
         lr = lr_fn(tokens, batch_tokens)
-        rate = lambda path: lr if width(path) == 1 else lr * width(path)
-        return {path: -rate(path) * u for path, u in direction.items()}, state
+        rates = {path: width(lookup(table, path)) for path in direction}
+        rates = {path: lr if rate == 1 else lr * rate for path, rate in rates.items()}
+        return {path: -rates[path] * u for path, u in direction.items()}, state
 
     return optax.GradientTransformationExtraArgs(method.init, update)
 
