@@ -42,9 +42,9 @@ class Slopes:
     fault: str | None
 
 
-# What starts at random and is divided by the width falls as its root until training has aligned
-# it; that a head learns is seen in the loss instead.
-ALIGNING = ("logits",)
+# Matrices to a few start at random, and what they give falls as the width's root until training has
+# aligned them. That a head learns is seen in the loss too.
+ALIGNING = ("logits", "router")
 
 
 def judge(found: Coordinate, widths: Sequence[int], limit: float) -> Slopes:
@@ -56,7 +56,8 @@ def judge(found: Coordinate, widths: Sequence[int], limit: float) -> Slopes:
     if not np.any(moved):
         return Slopes(found.name, size, None, "grows" if size > limit else None)
     change = _slope(widths, moved)
-    dies = change < -limit and found.name.partition(" ")[0] not in ALIGNING
+    aligning = found.name.partition(" ")[0] in ALIGNING
+    dies = change < -limit - (0.5 if aligning else 0.0)
     # A wider model may well learn faster.
     grows = max(size, change) > limit and found.name != "loss"
     fault = "grows" if grows else "dies" if dies else None
