@@ -22,6 +22,7 @@ METHODS = {
     "models/ffns/gelu.py": "class FFN:\n    def __init__(self, dims, *, bias: bool = False): ...",
     "models/heads/linear.py": "class Head: ...",
     "training/losses/cross_entropy.py": "def make(apply, *, z: float = 0.0): ...",
+    "training/balances/global_batch.py": "def make(loss, paths, *, weight: float = 0.01): ...",
     "optim/methods/adamw.py": "def make(table, *, weight_decay, b1: float = 0.9): ...",
     "optim/methods/sgd.py": "def make(table, *, weight_decay, momentum: float = 0.9): ...",
     "optim/schedules.py": "def cosine(n, *, total, final: float = 0.1): ...\ndef _part(n): ...",

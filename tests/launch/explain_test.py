@@ -240,8 +240,8 @@ def test_a_wrong_name_is_told_beside_the_whole_listing(monkeypatch):
     assert status == 2
     assert "bytes a device" in out
     assert err == (
-        "train: ffn_hidden: rule says (replica data fsdp, context, -), "
-        "program has (replica data fsdp, context, tensor)\n"
+        "train: ffn_hidden: rule says (replica data fsdp expert, context, -), "
+        "program has (replica data fsdp expert, context, tensor)\n"
     )
 
 

@@ -163,8 +163,10 @@ def large(call, root, tmp_path):
     return argv, tmp_path / "whole"
 
 
+# A shell starts what runs in its background with SIGINT ignored.
 SLOW = """
-import time
+import signal, time
+signal.signal(signal.SIGINT, signal.default_int_handler)
 from launch import encoders, tokenize
 encode, encoders.TASK_BYTES = encoders.encode, 1
 

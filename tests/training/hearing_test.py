@@ -128,16 +128,16 @@ def same(built, workdir, whole):
     assert logged(workdir) == logged(other)
 
 
-MIXINGS = {"online": {}, "dynamic": {"data__mixings__dynamic__references": "code:1,prose:2"}}
+MIXINGS = {"online": {}, "dynamic": {"data__mixings__dynamic__references": "code:1,words:2"}}
 
 
 @pytest.mark.parametrize("mixing", MIXINGS)
 def test_a_real_mixture_resumes_with_its_weights(tmp_path, mixing):
     """The shipped methods on two corpora, stopped after weights have changed."""
-    own = {f"data__domains__{name}__source": "stdlib" for name in ("code", "prose")}
-    own |= {"data__domains__prose__root": tiny.corpus(tmp_path / "b", 25)}
+    own = {f"data__domains__{name}__source": "stdlib" for name in ("code", "words")}
+    own |= {"data__domains__words__root": tiny.corpus(tmp_path / "b", 25)}
     own |= {f"data__mixings__{mixing}__delay": 2, "data__mixing": mixing, **MIXINGS[mixing]}
-    made = tiny.setup(tiny.corpus(tmp_path / "a"), data__mixture="code,prose", **own)
+    made = tiny.setup(tiny.corpus(tmp_path / "a"), data__mixture="code,words", **own)
     fresh = lambda: data.pipeline.build(seed=made.config["seed"], **made.config["data"])
     job = lambda name: mixed.run(made, tmp_path / name, fresh(), **PERIODS)
     with jax.set_mesh(made.mesh):
