@@ -218,8 +218,13 @@ def _without_padding(entry: Entry, vocab: int) -> int:
 
 
 def parameter_table(table: Table, vocab: int) -> str:
-    """The table as text: path, shape (layers first), logical axes, start, group, decay; totals."""
-    rows = [("path", "shape", "axes", "start", "group", "decay", "parameters")]
+    """The table as text: path, shape (layers first), logical axes, start, group, decay; totals.
+
+    With a base width also how many times larger fan-in and fan-out are than there.
+    """
+    based = any(entry.wider != (1.0, 1.0) for entry in table.values())
+    names = ("path", "shape", "axes", "start", "group", "decay", "parameters")
+    rows = [(*names, "wider") if based else names]
     for path, entry in table.items():
         weight = entry.weight
         start = " ".join(f"{x:.4g}" if isinstance(x, float) else x for x in weight.init)
@@ -227,7 +232,8 @@ def parameter_table(table: Table, vocab: int) -> str:
         shape = " ".join(map(str, entry.shape))
         decay = "yes" if weight.decay else "no"
         size = f"{math.prod(entry.shape):,}"
-        rows.append((path, shape, axes, start, weight.group, decay, size))
+        wider = ("{:g} x {:g}".format(*entry.wider),) if based else ()
+        rows.append((path, shape, axes, start, weight.group, decay, size, *wider))
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     lines = ["  ".join(map(str.ljust, row, widths)).rstrip() for row in rows]
     counts = parameter_counts(table, vocab)

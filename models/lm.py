@@ -42,7 +42,9 @@ class LM(nnx.Module):
     mixer's file name or a name in `blocks`. positions: 'none' (rotary ones belong to the mixer) or
     'learned'. remat: what the backward pass recomputes, 'none', 'full' (all), 'dots' (all but
     matrix products), 'named' (all but the outputs of mixers and feed-forward networks).
-    unroll: periods a step of the scan.
+    unroll: periods a step of the scan. base_d_model: the width at which learning rates were tuned;
+    this model then starts, and weighs scores and logits, so that they are right at its own (muP,
+    arXiv 2203.03466; learning rates by optim/widths.py). None is d_model.
 
     Raises:
       ValueError: layers that are not prefix + whole periods + suffix, or an unknown remat.
@@ -79,6 +81,7 @@ class LM(nnx.Module):
         scale_residual: bool = True,
         remat: str = "none",
         unroll: int = 1,
+        base_d_model: int | None = None,
     ):
         periods, rest = divmod(layers - len(prefix) - len(suffix), len(pattern))
         if rest or periods < 0:
@@ -90,7 +93,10 @@ class LM(nnx.Module):
             raise ValueError(f"remat {remat!r} is unknown; known: none, {', '.join(POLICIES)}")
         if positions not in ("none", "learned"):
             raise ValueError(f"positions {positions!r} is unknown; known: none, learned")
-        dims = Dims(d_model, length, layers, d_model, init_std, scale_residual)
+        base = d_model if base_d_model is None else base_d_model
+        if base < 1:
+            raise ValueError(f"base_d_model is {base} and must be at least 1")
+        dims = Dims(d_model, length, layers, base, init_std, scale_residual)
         style = Style(norm, norm_position, norm_eps, dropout)
         self.vocab, self.remat, self.unroll, self.softcap = vocab, remat, unroll, softcap
         self.dropout, self.embed_scale = dropout, embed_scale
@@ -105,7 +111,7 @@ class LM(nnx.Module):
         self.periods = periods
 
         D, W = d_model, padded(vocab)
-        start = ("normal", init_std if init_std is not None else 1.0 if not tied else D**-0.5)
+        start = ("normal", init_std if init_std is not None else 1.0 if not tied else base**-0.5)
         embedding = functools.partial(param, rngs, fan_out=(1,), init=start, group="embed")
         self.tokens = embedding((W, D), ("vocab", "embed"))
         learned = positions == "learned"

@@ -18,7 +18,7 @@ class Dims:
     """What every layer needs to know of its model.
 
     d_model: D.  length: the longest sequence, L.  n_layers: all layers, prefix and suffix included.
-    base_d_model: the width at which the recipe was tuned, D itself so far.
+    base_d_model: the width at which the recipe was tuned (muP, arXiv 2203.03466); D without one.
     init_std: standard deviation of matrices at the start; None means 1 / sqrt(fan-in).
     scale_residual: divide the start of matrices that write to the residual stream by sqrt(2 N)
       (GPT-2).
@@ -31,12 +31,30 @@ class Dims:
     init_std: float | None = None
     scale_residual: bool = True
 
-    def normal(self, fan_in: int, residual: bool = False) -> tuple[str, float]:
-        """The start of a matrix of this fan-in; residual: it writes to the residual stream."""
-        std = self.init_std if self.init_std is not None else 1 / math.sqrt(fan_in)
-        return "normal", std / math.sqrt(
-            2 * self.n_layers
-        ) if residual and self.scale_residual else std
+    @property
+    def wider(self) -> float:
+        """How many times as wide as its base the model is."""
+        return self.d_model / self.base_d_model
+
+    def normal(
+        self, fan_in: int, *, residual: bool = False, few: bool = False
+    ) -> tuple[str, float]:
+        """The start of a matrix whose fan-in is a width, here of this size.
+
+        residual: it writes to the residual stream.  few: its fan-out is no width, and what it gives
+        falls with the width at the start (table 3 of muP).
+        """
+        given = self.init_std
+        std = 1 / math.sqrt(fan_in) if given is None else given / math.sqrt(self.wider)
+        std = std / math.sqrt(self.wider) if few else std
+        deep = residual and self.scale_residual
+        return "normal", std / math.sqrt(2 * self.n_layers) if deep else std
+
+    def head(self) -> tuple[str, float]:
+        """The start of the matrix to logits, of which the head divides what it gives by `wider`."""
+        return "normal", 1 / math.sqrt(
+            self.base_d_model
+        ) if self.init_std is None else self.init_std
 
 
 def param(

@@ -1,6 +1,7 @@
 """What mixers that compare tokens share: queries, keys and values of heads, and the way back."""
 
 import dataclasses
+import math
 
 import jax.numpy as jnp
 from flax import nnx
@@ -14,12 +15,16 @@ from parallel.named import named
 
 @dataclasses.dataclass(frozen=True)
 class Heads:
-    """H query heads over G key heads with queries and keys of size K and values of size V."""
+    """H query heads over G key heads with queries and keys of size K and values of size V.
+
+    wider: how many times larger K is than at the base width.
+    """
 
     H: int
     G: int
     K: int
     V: int
+    wider: float = 1.0
 
     @classmethod
     def of(cls, dims: Dims, heads: int, kv_heads: int | None, head_dim: int | None) -> "Heads":
@@ -38,7 +43,7 @@ class Heads:
                 f"{H} heads do not divide into groups over {G} kv_heads; G must divide H"
             )
         K = head_dim or D // H
-        return cls(H, G, K, K)
+        return cls(H, G, K, K, dims.wider if head_dim is None else 1.0)
 
 
 class Projections(nnx.Module):
@@ -58,10 +63,10 @@ class Projections(nnx.Module):
         qk_norm: bool,
         bias: bool,
     ):
-        D, (H, G, K, V) = dims.d_model, dataclasses.astuple(heads)
+        D, H, G, K, V = dims.d_model, heads.H, heads.G, heads.K, heads.V
         if scaling is not None and K % 2:
             raise ValueError(f"rotary positions need an even head_dim and it is {K}")
-        self.scaling = scaling
+        self.scaling, self.wider = scaling, heads.wider
         fans = dict(fan_in=(0,), fan_out=(1, 2), init=dims.normal(D))
         self.q = param(rngs, (D, H, K), ("embed", "heads", None), **fans)
         if K == V:
@@ -98,6 +103,13 @@ class Projections(nnx.Module):
             q, k = rope(q, ctx.positions, freq), rope(k, ctx.positions, freq)
         axes = "batch", "length", "heads", None
         return named(q, "queries", *axes), named(k, "keys", *axes), named(v, "values", *axes)
+
+    def tempered(self, q: Array) -> Array:
+        """Queries for a softmax that divides q.k by sqrt(K), where it should by K as K grows.
+
+        Queries and keys learn to agree, and then q.k grows as K (arXiv 2203.03466, definition 4.1).
+        """
+        return q if self.wider == 1 else q / math.sqrt(self.wider)
 
     def _keys(self, x):
         if hasattr(self, "kv"):

@@ -55,12 +55,13 @@ class LinearMixer(Projections):
             )
         q, k, v = map(jax.lax.stop_gradient, (q, k, v))
         rows = dict(q_segments=ctx.segment_ids, kv_segments=ctx.segment_ids)
-        taught, aux = flash_attention(q, k, v, **rows), {}
+        asked = self.tempered(q)
+        taught, aux = flash_attention(asked, k, v, **rows), {}
         if "attention_transfer" in ctx.taps:
-            sums = transfer.cross_entropy(q, k, self.weights(q, k), ctx)
+            sums = transfer.cross_entropy(asked, k, self.weights(q, k), ctx)
             aux |= dict(zip(("attention_transfer", "teacher_entropy"), sums, strict=True))
         if "attention_weights" in ctx.taps:
-            both = transfer.weights(q, k, self.weights(q, k), ctx.segment_ids)
+            both = transfer.weights(asked, k, self.weights(q, k), ctx.segment_ids)
             aux |= dict(zip(("teacher_weights", "student_weights"), both, strict=True))
         if "output_transfer" in ctx.taps:
             error = self.attend(q, k, v, ctx)[0].astype(jnp.float32) - taught.astype(jnp.float32)

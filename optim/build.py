@@ -5,8 +5,9 @@ import functools
 import importlib
 import inspect
 import pkgutil
+from collections.abc import Callable
 
-import jax
+import jax.numpy as jnp
 import optax
 
 from optim import methods as methods_folder
@@ -36,12 +37,14 @@ def build(
     clip: largest global norm of the gradient over all trained leaves, None for no clipping.
     weight_decay: decoupled, W <- W - lr (direction + weight_decay W), where the table says `decay`.
 
-    `tx.update(grads, state, params, tokens=n, batch_tokens=m)` takes the tokens seen before the
-    step and those of the step, float32 scalars. Its state is the method's alone. `lr_fn(n, m)` is
-    the learning rate of that update: the schedule AT n + m, the step's own tokens included. So the
-    first step is not spent on a warm-up's zero, the last one uses exactly the schedule's value at
-    the end (nothing, where that is 0: its batch moves only the moments), and a learning rate logged
-    beside the tokens seen after the step lies on the curve.
+    `tx.update(grads, state, params, tokens=n, batch_tokens=m, report=None)` takes the tokens seen
+    before the step and those of the step, float32 scalars, and a dict to which metrics of the
+    method are added, `[N]` of N stacked layers (`<path>/trust_ratio`). Its state is the method's
+    alone. `lr_fn(n, m)` is the learning rate of that update, before it is multiplied by
+    `width(entry)` of the method's file: the schedule AT n + m, the step's own tokens included. So
+    the first step is not spent on a warm-up's zero, the last one uses exactly the schedule's value
+    at the end (nothing, where that is 0: its batch moves only the moments), and a learning rate
+    logged beside the tokens seen after the step lies on the curve.
 
     Leaves keep their sharding; norms are global, whatever the sharding. Raises ValueError in one
     sentence for unknown names, phases that do not fit and values out of range; KeyError for a
@@ -56,7 +59,8 @@ def build(
     lr_fn = _learning_rate(
         schedule, schedules.get(schedule, {}), total=total_tokens, peak=lr, warmup=warmup
     )
-    return _chain(optax.with_extra_args_support(method), lr_fn, clip), lr_fn
+    method = optax.with_extra_args_support(method)
+    return _chain(method, lr_fn, clip, table, module.width), lr_fn
 
 
 def lookup(table: Table, path: str) -> Entry:
@@ -69,35 +73,52 @@ def lookup(table: Table, path: str) -> Entry:
     return table[path]
 
 
-def decay(table: Table, weight_decay: float) -> optax.GradientTransformation:
+def decay(
+    table: Table, weight_decay: float, width: Callable[[Entry], float] | None = None
+) -> optax.GradientTransformation:
     """Adds weight_decay * W to the direction of every leaf whose declaration says so.
 
     A method chooses where: after its own preconditioning (decoupled, arXiv 1711.05101), and before
-    a trust ratio where it has one. Stateless.
+    a trust ratio where it has one. width: the method's multiplier of the learning rate, which is
+    then undone for the decay, so that its product with the learning rate is that of the base width
+    (as in the released code of arXiv 2203.03466). Stateless.
     """
 
-    def add(updates, params):
-        return {
-            path: u + weight_decay * params[path]
-            if lookup(table, path).weight.decay and weight_decay
-            else u
-            for path, u in updates.items()
-        }
+    def add(u, path, w):
+        entry = lookup(table, path)
+        if not (entry.weight.decay and weight_decay):
+            return u
+        return u + weight_decay / (width(entry) if width else 1.0) * w
 
-    return optax.stateless(add)
+    return optax.stateless(
+        lambda updates, params: {p: add(u, p, params[p]) for p, u in updates.items()}
+    )
 
 
-def _chain(method, lr_fn, clip):
-    """Clip, method, -lr. Written out rather than `optax.chain`d: the first and the last have no
-    state, so a checkpoint's layout does not depend on whether clipping is on."""
+def _by_layer(entry: Entry, x):
+    """The mean over the matrices of a layer of what a method told of each."""
+    return jnp.mean(x, tuple(range(entry.layers, x.ndim)))
+
+
+def _chain(method, lr_fn, clip, table, width):
+    """Clip, method, -lr by width. Written out rather than `optax.chain`d: the first and the last
+    have no state, so a checkpoint's layout does not depend on whether clipping is on."""
     clipper = optax.identity() if clip is None else optax.clip_by_global_norm(clip)
 
-    def update(grads, state, params, *, tokens, batch_tokens, **extra):
+    def update(grads, state, params, *, tokens, batch_tokens, report=None, **extra):
         grads, _ = clipper.update(grads, optax.EmptyState())
-        extra = extra | {"tokens": tokens, "batch_tokens": batch_tokens}
+        told: dict = {}
+        extra = extra | {"tokens": tokens, "batch_tokens": batch_tokens, "report": told}
         direction, state = method.update(grads, state, params, **extra)
+        if report is not None:
+            report |= {
+                name: _by_layer(lookup(table, name.rpartition("/")[0]), x)
+                for name, x in told.items()
+            }
         lr = lr_fn(tokens, batch_tokens)
-        return jax.tree.map(lambda u: -lr * u, direction), state
+        rates = {path: width(lookup(table, path)) for path in direction}
+        rates = {path: lr if rate == 1 else lr * rate for path, rate in rates.items()}
+        return {path: -rates[path] * u for path, u in direction.items()}, state
 
     return optax.GradientTransformationExtraArgs(method.init, update)
 

@@ -17,33 +17,31 @@ Errors: ValueError for phases that do not fit into the run, and for values outsi
 
 import math
 
-import jax
-import jax.numpy as jnp
-import numpy as np
+from optim import phases
 
 
 def constant(n, *, total, peak, warmup, batch):
     """Linear warm-up to the peak, then the peak."""
-    xp = _namespace(n)
-    total, warmup = _phases(total, warmup)
-    return peak * _ramp(xp, n, warmup)
+    xp = phases.namespace(n)
+    total, warmup = phases.checked(total, warmup)
+    return peak * phases.ramp(xp, n, warmup)
 
 
 def cosine(n, *, total, peak, warmup, batch, final_ratio: float = 0.1):
     """Half a cosine from the peak at Nw to final_ratio * peak at N (arXiv 1608.03983)."""
-    xp = _namespace(n)
-    total, warmup = _phases(total, warmup)
+    xp = phases.namespace(n)
+    total, warmup = phases.checked(total, warmup)
     # (1 + cos(pi t)) / 2 = sin^2(pi (1 - t) / 2), which is exactly zero at the end.
-    shape = xp.sin(0.5 * math.pi * _left(xp, n, total, total - warmup)) ** 2
-    return peak * _ramp(xp, n, warmup) * _above(final_ratio, shape)
+    shape = xp.sin(0.5 * math.pi * phases.left(xp, n, total, total - warmup)) ** 2
+    return peak * phases.ramp(xp, n, warmup) * phases.above(final_ratio, shape)
 
 
 def linear(n, *, total, peak, warmup, batch, final_ratio: float = 0.0):
     """A straight line from the peak at Nw to final_ratio * peak at N."""
-    xp = _namespace(n)
-    total, warmup = _phases(total, warmup)
-    shape = _left(xp, n, total, total - warmup)
-    return peak * _ramp(xp, n, warmup) * _above(final_ratio, shape)
+    xp = phases.namespace(n)
+    total, warmup = phases.checked(total, warmup)
+    shape = phases.left(xp, n, total, total - warmup)
+    return peak * phases.ramp(xp, n, warmup) * phases.above(final_ratio, shape)
 
 
 def wsd(
@@ -65,10 +63,10 @@ def wsd(
     '1-sqrt':      r + (1 - r) (1 - sqrt(t)), Haegele et al. (arXiv 2405.18392).
     decay_fraction 0 never decays, for a run to be branched from later.
     """
-    xp = _namespace(n)
-    total, warmup = _phases(total, warmup, decay_fraction)
-    left = _left(xp, n, total, decay_fraction * total)
-    return peak * _ramp(xp, n, warmup) * _decayed(xp, left, shape, final_ratio)
+    xp = phases.namespace(n)
+    total, warmup = phases.checked(total, warmup, decay_fraction)
+    left = phases.left(xp, n, total, decay_fraction * total)
+    return peak * phases.ramp(xp, n, warmup) * phases.decayed(xp, left, shape, final_ratio)
 
 
 def power(
@@ -93,8 +91,8 @@ def power(
     (e^(-rate t) - e^-rate) / (1 - e^-rate); rate 1 is the authors' code. beta is the present
     batch's in all phases: a new batch size scales the curve wherever the cap does not bind.
     """
-    xp = _namespace(n, batch)
-    total, warmup = _phases(total, warmup, decay_fraction)
+    xp = phases.namespace(n, batch)
+    total, warmup = phases.checked(total, warmup, decay_fraction)
     if rate <= 0:
         raise ValueError(f"optim.schedules.power.rate is {rate}; the decay needs a rate above 0.")
     tail = decay_fraction * total
@@ -102,62 +100,88 @@ def power(
     # whose power is infinite, out of every branch.
     held = xp.clip(n, max(warmup, 1.0), max(total - tail, 1.0))
     law = xp.minimum(peak, batch / 4096 * a * held**b)
-    fall = xp.expm1(rate * _left(xp, n, total, tail)) / math.expm1(rate)
-    return law * _ramp(xp, n, warmup) * fall
+    fall = xp.expm1(rate * phases.left(xp, n, total, tail)) / math.expm1(rate)
+    return law * phases.ramp(xp, n, warmup) * fall
 
 
-def _namespace(*values):
-    """jnp if one of the values is a JAX array or tracer; numpy, hence float64, otherwise."""
-    return jnp if any(isinstance(value, jax.Array) for value in values) else np
+def infinite(
+    n,
+    *,
+    total,
+    peak,
+    warmup,
+    batch,
+    cooldown: str = "cosine",
+    cooldown_tokens: int | None = None,  # length of the cooldown; none takes the fraction
+    cooldown_fraction: float = 0.6,
+    constant_ratio: float = 0.55,
+    timescale: float = 10.0,
+    decay_fraction: float = 0.1,
+    final_ratio: float = 0.1,
+):
+    """Warm-up, cooldown to a constant, constant, anneal (arXiv 2403.08763, infinite schedules).
 
+    With x from 0 to 1 in the cooldown, the factor on the peak falls from 1 to c = constant_ratio as
+    'cosine':       c + (1 - c) (1 + cos(pi x)) / 2;
+    'inverse-sqrt': 1 + (c - 1) h(x) / h(1), h(x) = 1 / sqrt(1 + timescale x) - 1.
+    With t from 0 to 1 in the last Nd = decay_fraction * N tokens it is c (final_ratio / c)^t; with
+    decay_fraction 0 it stays c, for a run to be branched from or lengthened later. A longer N moves
+    a cooldown_fraction but not cooldown_tokens. A run that goes on from the constant phase of
+    another has neither warm-up nor cooldown.
 
-def _ramp(xp, n, warmup):
-    """n / Nw up to 1; 1 everywhere without a warm-up."""
-    return xp.where(n < warmup, n / (warmup or 1.0), 1.0)
-
-
-def _left(xp, n, total, tail):
-    """What is left of the last `tail` tokens: 1 before they begin, falling linearly to 0 at N."""
-    if tail == 0:
-        return xp.ones_like(n, dtype=float)
-    return xp.clip((total - n) / tail, 0.0, 1.0)
-
-
-def _above(floor, shape):
-    """The shape, which falls from 1 to 0, raised so that it ends at the floor."""
-    return floor + (1.0 - floor) * shape
-
-
-def _decayed(xp, left, shape, final_ratio):
-    """The decay of `wsd`: 1 where left is 1, final_ratio where left is 0."""
-    if shape == "linear":
-        return _above(final_ratio, left)
-    if shape == "1-sqrt":
-        done = 1.0 - left
-        # The slope of a square root at 0 is infinite and would turn a gradient into NaN.
-        root = xp.where(done > 0, xp.sqrt(xp.where(done > 0, done, 1.0)), 0.0)
-        return _above(final_ratio, 1.0 - root)
-    if shape != "exponential":
+    Choices: without a cooldown the warm-up leads to c, and not to the peak and a jump from there as
+    in the authors' code (EleutherAI/gpt-neox, pull request 1194); timescale 10, where theirs is 1.
+    """
+    xp = phases.namespace(n)
+    if cooldown_tokens is None:
+        cooldown_tokens = phases.share("infinite.cooldown_fraction", cooldown_fraction) * total
+    cooling = float(cooldown_tokens)
+    total, warmup = phases.checked(total, warmup, decay_fraction, cooling)
+    phases.share("infinite.constant_ratio", constant_ratio)
+    if not 0 < final_ratio <= constant_ratio:
         raise ValueError(
-            f"optim.schedules.wsd.shape is {shape!r}; "
-            "it must be 'exponential', 'linear' or '1-sqrt'."
+            f"optim.schedules.infinite.final_ratio is {final_ratio}; "
+            f"it must be above 0 and at most constant_ratio, {constant_ratio}."
         )
-    if final_ratio <= 0:
-        raise ValueError(
-            f"optim.schedules.wsd.final_ratio is {final_ratio}, which an exponential decay never "
-            "reaches; set it above 0, for example 0.1, or choose shape 'linear' or '1-sqrt'."
-        )
-    return xp.exp(math.log(final_ratio) * (1.0 - left))
+    left = phases.left(xp, n, warmup + cooling, cooling) if cooling else 0.0
+    level = phases.above(constant_ratio, phases.cooled(xp, left, cooldown, timescale))
+    left = phases.left(xp, n, total, decay_fraction * total)
+    level *= phases.falling(xp, left, final_ratio / constant_ratio)
+    return peak * phases.ramp(xp, n, warmup) * level
 
 
-def _phases(total, warmup, decay_fraction=0.0):
-    """Both as floats, as JAX would take a large Python integer for an int32; or ValueError."""
-    if not 0 <= decay_fraction <= 1:
-        raise ValueError(f"decay_fraction is {decay_fraction}; it must lie between 0 and 1.")
-    # A part in 1e9 is let pass: fractions such as 0.9 + 0.1 are not exact.
-    if warmup < 0 or warmup >= total or warmup + decay_fraction * total > total * (1 + 1e-9):
-        raise ValueError(
-            f"A warm-up of {warmup:g} tokens and a decay of {decay_fraction * total:g} do not fit "
-            f"into a run of {total:g} tokens; shorten them or train for longer."
-        )
-    return float(total), float(warmup)
+def rewarm(
+    n,
+    *,
+    total,
+    peak,
+    warmup,
+    batch,
+    start_ratio: float = 0.1,
+    final_ratio: float = 0.1,
+    cycles: int = 1,
+):
+    """Continual pre-training from a decayed checkpoint: warm up once more, then a cosine.
+
+    From start_ratio * peak, the rate that the checkpoint ended with, in a line to the peak at Nw,
+    then half a cosine to final_ratio * peak at N (arXiv 2308.04014, 2403.08763, which find that a
+    warm-up of 0 to 2% of N does equally well). n counts the tokens of this run alone. With `cycles`
+    the run is that many such curves of N / cycles tokens with a warm-up of Nw each, all but the
+    first from final_ratio * peak.
+
+    Choice: start_ratio; the authors' code (as for `infinite`) warms up from 0.
+    """
+    xp = phases.namespace(n)
+    if cycles < 1:
+        raise ValueError(f"optim.schedules.rewarm.cycles is {cycles}; it must be at least 1.")
+    phases.share("rewarm.start_ratio", start_ratio)
+    phases.share("rewarm.final_ratio", final_ratio)
+    length, warmup = phases.checked(total / cycles, warmup)
+    cycle = xp.clip(xp.floor(n / length), 0, cycles - 1)
+    # At a joint, rounding may put n into the cycle before or after; both have final_ratio there.
+    since = xp.maximum(n - cycle * length, 0.0)
+    start = xp.where(cycle > 0, final_ratio, start_ratio)
+    rise = phases.above(start, phases.ramp(xp, since, warmup))
+    moved = n + (cycles - 1 - cycle) * length  # into the last cycle, which ends exactly at N
+    shape = xp.sin(0.5 * math.pi * phases.left(xp, moved, float(total), length - warmup)) ** 2
+    return peak * xp.where(since < warmup, rise, phases.above(final_ratio, shape))

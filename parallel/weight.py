@@ -28,10 +28,15 @@ class Weight:
 
 @dataclasses.dataclass(frozen=True)
 class Entry:
-    """A row of the parameter table: the declaration with the shape the model really holds."""
+    """A row of the parameter table: the declaration with the shape the model really holds.
+
+    wider: how many times larger fan-in and fan-out are than in the model of the base width; 1 for a
+      fan that is no width (a vocabulary, experts), and for all without a base width.
+    """
 
     weight: Weight
     shape: tuple[int, ...]
+    wider: tuple[float, float] = (1.0, 1.0)
 
     @property
     def layers(self) -> int:
@@ -60,3 +65,27 @@ class Entry:
 
 
 Table = dict[str, Entry]
+
+# Logical axes that grow with the width of the model, also where a number gives their size.
+WIDTHS = ("embed", "ffn", "heads")
+
+
+def widened(table: Table, doubled: Table, wider: float) -> Table:
+    """The table of a model that is `wider` times as wide as its base, as its entries then say.
+
+    doubled: the table of the same model at twice its width. A fan is a width where one of its
+    dimensions is named as one in WIDTHS, or grows in `doubled`; a vector has all its dimensions
+    for a fan-out. Rounded sizes (a multiple of 64) grow by less than two, so half of that counts.
+    """
+
+    def fan(path, entry, dims):
+        larger = lambda i: doubled[path].shape[i] >= 1.5 * entry.shape[i]
+        return float(wider) if any(entry.axes[i] in WIDTHS or larger(i) for i in dims) else 1.0
+
+    def entry_of(path, entry):
+        own = lambda dims: [entry.layers + i for i in dims]
+        fan_in, fan_out = own(entry.weight.fan_in), own(entry.weight.fan_out)
+        fans = fan(path, entry, fan_in), fan(path, entry, fan_out or entry.norm_axes)
+        return dataclasses.replace(entry, wider=fans)
+
+    return {path: entry_of(path, entry) for path, entry in table.items()}

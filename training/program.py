@@ -19,7 +19,7 @@ from models.param import flatten, restore, table
 from optim import build as optimizer
 from parallel import zero
 from parallel.rules import RULES, layout, partition, ways
-from parallel.weight import Table
+from parallel.weight import Table, widened
 from training import adapter as adapters
 from training import balance, step
 from training.loss import by_domain, log_likelihood, right
@@ -131,7 +131,21 @@ def _declared(config: Mapping, vocab: int):
         bare, abstract, construct = _model(config["model"], config["data"]["length"], vocab)
     own = table(abstract)
     # A config of a run from before these keys has none.
-    return bare, construct, own, adapters.make(config.get("adapter", {}), own)
+    adapter = adapters.make(config.get("adapter", {}), own)
+    return bare, construct, *_widened(own, adapter, config, vocab)
+
+
+def _widened(own: Table, adapter: adapters.Adapter, config: Mapping, vocab: int):
+    """Both with what each weight's fans are beside those of the base width, where there is one."""
+    model, base = config["model"], config["model"].get("base_d_model")
+    if base is None:
+        return own, adapter
+    twice = dict(model) | {"d_model": 2 * model["d_model"], "base_d_model": None}
+    _, abstract, _ = _model(twice, config["data"]["length"], vocab)
+    doubled, wider = table(abstract), model["d_model"] / base
+    added = adapters.make(config.get("adapter", {}), doubled).table
+    adapter = dataclasses.replace(adapter, table=widened(adapter.table, added, wider))
+    return widened(own, doubled, wider), adapter
 
 
 def parameters(state: TrainState, *, averaged: bool = True) -> dict:

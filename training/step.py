@@ -43,7 +43,9 @@ def make(
         )
         seen, fresh = to_float(state.tokens), jnp.float32(A * b * L)
         held = place.split(state.params)
-        updates, opt = tx.update(gradient, state.opt, held, tokens=seen, batch_tokens=fresh)
+        report: dict = {}
+        clock = dict(tokens=seen, batch_tokens=fresh)
+        updates, opt = tx.update(gradient, state.opt, held, **clock, report=report)
         held = optax.apply_updates(held, updates)
         params = place.whole(held)
         aux = state.aux if loss.after is None else loss.after(state.aux, totals)
@@ -54,6 +56,7 @@ def make(
             **metrics,
             "lr": lr_fn(seen, fresh),
             "weight": totals["weight"],
+            **report,
             **_norms(gradient=gradient, update=updates, parameter=held),
         }
         after = TrainState(

@@ -90,7 +90,7 @@ class FFN(nnx.Module):
         self.top_k, self.kind, self.scale, self.capacity = top_k, router, scale, capacity
         self.room, self.method, self.implementation = room, method, implementation
         fans = dict(fan_in=(0,), fan_out=(1,), group="router")
-        self.router = param(rngs, (D, E), ("embed", None), init=dims.normal(D), **fans)
+        self.router = param(rngs, (D, E), ("embed", None), init=dims.normal(D, few=True), **fans)
         self.bias = param(rngs, (E,), (None,), decay=False, group="state")
         up = dict(fan_in=(1,), fan_out=(3,), stack=(0, 2), init=dims.normal(D))
         self.up = param(rngs, (E, D, 2, F), ("experts", "embed", None, "ffn"), **up)

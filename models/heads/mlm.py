@@ -14,11 +14,13 @@ class Head(nnx.Module):
 
     def __init__(self, dims: Dims, vocab: int, *, rngs: nnx.Rngs, tied: bool, eps: float = 1e-12):
         D = dims.d_model
-        fans = dict(fan_in=(0,), fan_out=(1,), init=dims.normal(D), group="head")
-        self.dense = param(rngs, (D, D), ("embed", None), **fans)
+        fans = dict(fan_in=(0,), fan_out=(1,), group="head")
+        self.wider = dims.wider
+        self.dense = param(rngs, (D, D), ("embed", None), init=dims.normal(D), **fans)
         self.dense_bias = param(rngs, (D,), (None,), decay=False, group="bias")
         self.norm = Norm(D, rngs=rngs, kind="layernorm", eps=eps)
-        self.kernel = None if tied else param(rngs, (D, vocab), ("embed", "vocab"), **fans)
+        words = dict(init=dims.head(), **fans)
+        self.kernel = None if tied else param(rngs, (D, vocab), ("embed", "vocab"), **words)
         self.bias = param(rngs, (vocab,), ("vocab",), decay=False, group="bias")
 
     def __call__(
@@ -27,5 +29,6 @@ class Head(nnx.Module):
         h = add_bias(jnp.matmul(x, self.dense[...].astype(x.dtype)), self.dense_bias)
         h = self.norm(jax.nn.gelu(h, approximate=False))
         kernel = embedding.T if self.kernel is None else self.kernel[...]
+        h = h if self.wider == 1 else h / self.wider
         logits = jnp.matmul(h, kernel.astype(h.dtype), preferred_element_type=jnp.float32)
         return logits + like(self.bias[...], logits)

@@ -81,7 +81,7 @@ class Mixer(Projections):
 
     def _attend(self, q, k, v, ctx):
         o = flash_attention(
-            q,
+            self.tempered(q),
             k,
             v,
             q_segments=ctx.segment_ids,
@@ -137,7 +137,7 @@ class Mixer(Projections):
         T, G = cache["k"].shape[1:3]
         # Said, because with G = 1 the sharding of H would go to its queries and not to G.
         q = q.reshape(B, G, H // G, K, out_sharding=spec("batch", "heads", None, None))
-        q = q.astype(jnp.float32) * K**-0.5
+        q = self.tempered(q.astype(jnp.float32)) * K**-0.5
         s = jnp.einsum("bgrk,btgk->bgrt", q, cache["k"].astype(jnp.float32))
         s = s if self.softcap is None else self.softcap * jnp.tanh(s / self.softcap)
         seen = ring.held(now, T, self.first) >= 0

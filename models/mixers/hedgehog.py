@@ -122,7 +122,7 @@ class Mixer(LinearMixer):
     def attend(self, q, k, v, ctx: Context, state: State | None = None) -> tuple[Array, State]:
         if self.window is None:
             return super().attend(q, k, v, ctx, state)
-        rows, shared = (q, ctx.segment_ids), (k, v, ctx.segment_ids)
+        rows, shared = (self.tempered(q), ctx.segment_ids), (k, v, ctx.segment_ids)
         near, (k, v, left) = halo(_near, min(self.window, q.shape[1]))(rows, shared)
         # What leaves the window where the row has ended has not left it.
         left = jnp.where(ctx.valid, left, 0)
@@ -197,7 +197,7 @@ class Mixer(LinearMixer):
         state = State(cache["values"], cache["keys"], segments[:, 0])
         o, total, state = self.weigh(q, leaving["k"], leaving["v"], segments, left, state)
         slots = ring.put(slots, {"k": k, "v": v}, now)
-        near = band.of_ring(q, slots, ring.held(now, T) >= 0)
+        near = band.of_ring(self.tempered(q), slots, ring.held(now, T) >= 0)
         o = self._join(near, o, total).astype(q.dtype)
         return self.write(o, ctx), {"values": state.values, "keys": state.keys, **slots}
 

@@ -12,6 +12,7 @@ import jax.numpy as jnp
 import optax
 
 from optim.build import decay
+from optim.widths import elementwise as width
 from parallel.weight import Table
 
 
@@ -20,4 +21,4 @@ def make(
 ) -> optax.GradientTransformation:
     """The direction, without learning rate and sign. State: step count and two moments a weight."""
     adam = optax.scale_by_adam(b1=b1, b2=b2, eps=eps, mu_dtype=jnp.float32)
-    return optax.chain(adam, decay(table, weight_decay))
+    return optax.chain(adam, decay(table, weight_decay, width))

@@ -10,17 +10,27 @@ The ratio belongs to one true layer matrix. Layers, the parts of a fused weight 
 in one array, so norms run over `entry.norm_axes`; one norm a leaf would give every layer of a stack
 the step of the largest. They are float32 and, under a mesh, global.
 
-| here                                     | elsewhere                                           |
-|------------------------------------------|-----------------------------------------------------|
-| bias correction (`debias`), as the paper | off in cybertronai, NVIDIA; DeepSpeed: only in lr   |
-| phi = identity; optional clip of ||W||   | cybertronai, NVIDIA: [0, 10]; DeepSpeed: the ratio  |
-| ratio per true matrix                    | per leaf in optax, wrong for stacked layers         |
-| no ratio for vectors, norms and biases   | so in tensorflow_addons; optax gives them one       |
-| no ratio for weights declared zero-init: | all give one, so that the weight grows by a factor  |
-| they step like Adam                      | of at most 1 + lr a step, hardly at all             |
-| decay where the declaration says so      | by lists of names                                   |
+Published variants, by arguments that differ from the defaults:
+
+| variant           | arguments                                                              |
+|-------------------|------------------------------------------------------------------------|
+| the paper         | none; it leaves open which weights have a ratio                        |
+| optax             | exclude none                                                           |
+| tensorflow_addons | exclude undecayed                                                      |
+| cybertronai       | exclude none, debias false, phi_max 10                                 |
+| NVIDIA, safari    | exclude none, debias false, phi_max 10, ratio_eps 1e-6                 |
+| DeepSpeed         | exclude none, fold_debias true, ratio_min 0.01, ratio_max 10, eps 1e-8 |
+
+Their norms are of whole leaves, and their lists of undecayed weights go by name. The declaration is
+read here instead: a norm's gain, a bias and any other vector has no ratio, nor has a weight that
+starts at zero. With one it would grow by a factor of at most 1 + lr a step, hardly at all; so it
+steps like Adam.
+
+Under muP the share of the decay in u stays that of the base width. A clip of ||W|| or of the ratio
+breaks the scaling: norms grow with the width and its bounds do not.
 """
 
+import functools
 import math
 from typing import NamedTuple
 
@@ -28,8 +38,12 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from optim import widths
 from optim.build import decay, lookup
+from optim.trust import has_ratio, norm
 from parallel.weight import Entry, Table
+
+EXCLUDE = ("declared", "undecayed", "none")
 
 
 class LambState(NamedTuple):
@@ -46,32 +60,68 @@ def make(
     b2: float = 0.999,
     eps: float = 1e-6,
     debias: bool = True,
+    fold_debias: bool = False,
     phi_min: float = 0.0,
     phi_max: float | None = None,
-) -> optax.GradientTransformation:
+    ratio_min: float = 0.0,
+    ratio_max: float | None = None,
+    ratio_eps: float = 0.0,
+    exclude: str = "declared",
+) -> optax.GradientTransformationExtraArgs:
     """The direction, without learning rate and sign; phi(z) = min(max(z, phi_min), phi_max).
 
-    State: step count and two moments a weight. ValueError if phi_min exceeds phi_max.
+    debias: correct the moments' start at zero.  fold_debias: do so by a factor sqrt(1 - b2^t) /
+      (1 - b1^t) of the whole step instead, after the ratio.
+    ratio_min, ratio_max: bounds of the ratio; ratio_eps: added to its denominator.
+    exclude: which weights have no ratio: 'declared' as above, 'undecayed' those without weight
+      decay, 'none'.
+
+    State: step count and two moments a weight. Reports `PATH/trust_ratio`. ValueError for bounds
+    that cross, for an unknown `exclude`, and for `fold_debias` without `debias`.
     """
-    if phi_max is not None and phi_min > phi_max:
-        raise ValueError(f"lamb: phi_min {phi_min} is above phi_max {phi_max}.")
-    decayed = decay(table, weight_decay)
+    _check(debias, fold_debias, (phi_min, phi_max), (ratio_min, ratio_max), exclude)
+    # By Adam's multiplier: the ratio only rescales Adam's step to the width that a weight bears.
+    decayed = decay(table, weight_decay, widths.elementwise)
+    trust = functools.partial(
+        _trust, phi=(phi_min, phi_max), bounds=(ratio_min, ratio_max), eps=ratio_eps
+    )
 
     def init(params):
         zeros = lambda: {path: jnp.zeros_like(w, jnp.float32) for path, w in params.items()}
         return LambState(jnp.zeros((), jnp.int32), zeros(), zeros())
 
-    def update(grads, state, params):
+    def scaled(path, w, u, report):
+        entry = lookup(table, path)
+        if _has_ratio(entry, exclude):
+            ratio = trust(entry, w, u)
+            u = ratio * u
+            if report is not None:
+                report[f"{path}/trust_ratio"] = jnp.squeeze(ratio, entry.norm_axes)
+        # 1 but where `exclude` makes another method of it than `width` supposes.
+        return u * (_width(entry, exclude) / width(entry))
+
+    def update(grads, state, params, *, report: dict | None = None, **_):
         count = state.count + 1
         mu = jax.tree.map(lambda m, g: b1 * m + (1 - b1) * g, state.mu, grads)
         nu = jax.tree.map(lambda v, g: b2 * v + (1 - b2) * g * g, state.nu, grads)
         c1, c2 = (_correction(b, count) if debias else 1.0 for b in (b1, b2))
+        step, c1, c2 = (jnp.sqrt(c2) / c1, 1.0, 1.0) if fold_debias else (1.0, c1, c2)
         adam = jax.tree.map(lambda m, v: m / c1 / (jnp.sqrt(v / c2) + eps), mu, nu)
         u, _ = decayed.update(adam, optax.EmptyState(), params)
-        direction = {p: _scale(lookup(table, p), params[p], u[p], phi_min, phi_max) for p in u}
+        direction = {path: step * scaled(path, params[path], u[path], report) for path in u}
         return direction, LambState(count, mu, nu)
 
-    return optax.GradientTransformation(init, update)
+    return optax.GradientTransformationExtraArgs(init, update)
+
+
+def width(entry: Entry) -> float:
+    """The learning rate's multiplier under muP."""
+    return _width(entry, "declared")
+
+
+def _width(entry, exclude):
+    rule = widths.relative if _has_ratio(entry, exclude) else widths.elementwise
+    return rule(entry)
 
 
 def _correction(b, count):
@@ -79,18 +129,28 @@ def _correction(b, count):
     return -jnp.expm1(count * math.log(b)) if b else 1.0
 
 
-def _has_ratio(entry: Entry) -> bool:
-    # A norm's gain or a bias may have two dimensions (heads, head) without being a matrix. A weight
-    # that starts at zero could only grow in proportion to its own tiny norm.
-    vector = not entry.is_matrix or entry.weight.group in ("norm", "bias")
-    return not vector and entry.weight.init[0] != "zeros"
+def _has_ratio(entry: Entry, exclude: str) -> bool:
+    if exclude != "declared":
+        return exclude == "none" or entry.weight.decay
+    return has_ratio(entry)
 
 
-def _scale(entry: Entry, w, u, phi_min, phi_max):
-    """u times the trust ratio of each of the matrices that stand side by side in the leaf."""
-    if not _has_ratio(entry):
-        return u
-    w_norm, u_norm = (jnp.sqrt(jnp.sum(x * x, entry.norm_axes, keepdims=True)) for x in (w, u))
+def _trust(entry: Entry, w, u, *, phi, bounds, eps):
+    """The ratio of each of the matrices that stand side by side in the leaf, its other axes 1."""
+    w_norm, u_norm = norm(entry, w), norm(entry, u)
     defined = (w_norm > 0) & (u_norm > 0)
-    ratio = jnp.clip(w_norm, phi_min, phi_max) / jnp.where(defined, u_norm, 1.0)
-    return jnp.where(defined, ratio, 1.0) * u
+    ratio = jnp.clip(w_norm, *phi) / jnp.where(defined, u_norm + eps, 1.0)
+    return jnp.where(defined, jnp.clip(ratio, *bounds), 1.0)
+
+
+def _check(debias, fold_debias, phi, ratio, exclude):
+    for name, (low, high) in (("phi", phi), ("ratio", ratio)):
+        if high is not None and low > high:
+            raise ValueError(f"lamb: {name}_min {low} is above {name}_max {high}.")
+    if exclude not in EXCLUDE:
+        raise ValueError(f"lamb: exclude is {exclude!r}; it must be one of {', '.join(EXCLUDE)}.")
+    if fold_debias and not debias:
+        raise ValueError(
+            "lamb: fold_debias says where the bias correction goes, and debias false leaves it "
+            "out; change one of them."
+        )

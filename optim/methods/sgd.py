@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import optax
 
 from optim.build import decay
+from optim.widths import proportional as width
 from parallel.weight import Table
 
 
@@ -18,4 +19,4 @@ def make(
 ) -> optax.GradientTransformation:
     """The direction, without learning rate and sign. State: one momentum a weight."""
     trace = optax.trace(momentum, nesterov=nesterov, accumulator_dtype=jnp.float32)
-    return optax.chain(trace if momentum else optax.identity(), decay(table, weight_decay))
+    return optax.chain(trace if momentum else optax.identity(), decay(table, weight_decay, width))

@@ -92,7 +92,7 @@ def test_entries_count_layers_and_parts():
 def test_starts(init_std, scale_residual, inner, writer):
     dims = Dims(16, 8, 2, 16, init_std, scale_residual)  # 2 layers: residual writers / sqrt(4)
     for residual, std in ((False, inner), (True, writer)):
-        kind, value = dims.normal(16, residual)
+        kind, value = dims.normal(16, residual=residual)
         assert (kind, value) == ("normal", pytest.approx(std, rel=1e-12))
 
 
