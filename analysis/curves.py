@@ -1,11 +1,9 @@
-"""Every learning rate schedule in one picture: `uv run python -m analysis.curves --out a.png`.
+"""Every learning rate schedule in one picture.
 
-A schedule is a public function of the module that `--module` names, called as optim/schedules.py
-says, with its default arguments; one whose rate depends on the batch is drawn for two.
+A schedule is a public function of a module, called as optim/schedules.py says, with its default
+arguments; one whose rate depends on the batch is drawn for two.
 """
 
-import argparse
-import importlib
 import inspect
 import math
 import pathlib
@@ -116,17 +114,3 @@ def _legend(figure) -> None:
     bands = [Patch(color=c, alpha=0.22, lw=0, label=phase) for phase, c in PHASES.items()]
     handles = [*bands, peak, *lines]
     figure.legend(handles=handles, loc="outside lower center", ncols=6, frameon=False, fontsize=8)
-
-
-def main(argv: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("-o", "--out", type=pathlib.Path, default=pathlib.Path("schedules.png"))
-    parser.add_argument("--module", default="optim.schedules", help="whose functions are drawn")
-    given = parser.parse_args(argv)
-    # By name, as a run finds its schedule: analysis reads what others made and imports none of it.
-    draw(schedules(importlib.import_module(given.module)), given.out)
-    print(given.out)
-
-
-if __name__ == "__main__":
-    main()

@@ -87,7 +87,7 @@ def get_config():
     config.model.embed_scale = 1.0  # factor on token embeddings
     config.model.softcap = placeholder(float)  # cap * tanh(logits / cap) on the logits
     config.model.causal = True  # tokens do not see later ones
-    config.model.base_d_model = placeholder(int)  # width that learning rates are tuned for; muP
+    config.model.base_d_model = placeholder(int)  # width that learning rates are tuned at; muP
     config.model.init_std = placeholder(float)  # of matrices at the start; none is 1 / sqrt(fan-in)
     config.model.scale_residual = True  # starts of residual writers divided by sqrt(2 layers)
     config.model.remat = "none"  # what the backward pass recomputes; see models/lm.py

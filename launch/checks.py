@@ -12,6 +12,7 @@ POSITIVE = (
     "data.length",
     "data.micro_batches",
     "model.d_model",
+    "model.base_d_model",
     "model.layers",
     "model.vocab",
     "model.softcap",

@@ -32,7 +32,7 @@ FLAGS = {
         "what the maps learn to imitate of attention, its weights or its outputs",
     ),
     "transfer_steps": Key(int, 500, False, (), "steps in which the maps learn"),
-    "transfer_lr": Key(float, 1e-2, False, (), "their peak learning rate"),
+    "transfer_lr": Key(float, 1e-2, False, (), "their peak rate, at the base width if any"),
     "steps": Key(int, 1000, False, (), "steps on the next token after it"),
     "lr": Key(
         *(float, None, True, ()),

@@ -2,7 +2,6 @@
 
 import copy
 import json
-import math
 import pathlib
 import shlex
 import sys
@@ -52,6 +51,8 @@ def _widths(given) -> list[int]:
     for name in ("steps", "rows", "tokens", "seeds"):
         if getattr(given, name) < 1:
             raise UsageError(f"--{name} is {getattr(given, name)} and must be at least 1")
+    if not given.limit >= 0:
+        raise UsageError(f"--limit is {given.limit} and must be at least 0")
     try:
         widths = sorted({int(text) for text in given.widths.split(",")})
     except ValueError:
@@ -63,38 +64,24 @@ def _widths(given) -> list[int]:
 
 def at_widths(config: dict, widths: Sequence[int], given) -> dict[int, dict]:
     """The configuration at each width, of one short batch. Raises UsageError."""
-    base = None if given.standard else config["model"].get("base_d_model") or widths[0]
+    from models.width import at_width
+
+    base = config["model"].get("base_d_model")
+    base = None if given.standard else widths[0] if base is None else base
     made = {}
     for width in widths:
         own = copy.deepcopy(config)
-        own["model"] |= {"d_model": width, "base_d_model": base, "dtype": "float32"}
-        _follow(own["model"], width / config["model"]["d_model"])
+        try:
+            own["model"] = at_width(own["model"], width)
+        except ValueError as error:
+            raise UsageError(str(error)) from None
+        own["model"] |= {"base_d_model": base, "dtype": "float32"}
         own["data"] |= {"batch_size": given.rows, "length": given.tokens, "micro_batches": 1}
         own["steps"] = given.steps
         own["optim"] |= {"schedule": "constant", "warmup_tokens": 0, "schedules": {}}
         own["zero"] = "none"
         made[width] = own
     return made
-
-
-def _follow(model: dict, factor: float) -> None:
-    """Sizes given by number, in proportion to the width."""
-    for name, own in model["ffns"].items():
-        if own.get("width"):
-            own["width"] = _times(own["width"], factor, f"ffns.{name}.width")
-    for section in ("mixers", "blocks"):
-        for name, own in model.get(section, {}).items():
-            if own.get("head_dim"):
-                for key in {"heads", "kv_heads"} & {k for k, value in own.items() if value}:
-                    own[key] = _times(own[key], factor, f"{section}.{name}.{key}")
-
-
-def _times(size: int, factor: float, key: str) -> int:
-    if not math.isclose(size * factor, round(size * factor)) or round(size * factor) < 1:
-        raise UsageError(
-            f"model.{key} {size} cannot be {factor:g} times as large; choose other --widths"
-        )
-    return round(size * factor)
 
 
 def measure(configs: dict[int, dict], given) -> list:
@@ -140,8 +127,8 @@ def _run(config: dict, corpus) -> tuple[dict, dict]:
 
         def see(params):
             (logits, _), found = observed(forward)(params, rows)
-            nll = -jnp.mean(log_likelihood(logits, rows.targets)[0])
-            return _floats(found) | {"loss": nll}
+            nll = -rows.weights * log_likelihood(logits, rows.targets)[0]
+            return _floats(found) | {"loss": jnp.sum(nll) / jnp.maximum(jnp.sum(rows.weights), 1)}
 
         watch = jax.jit(see)
         state, seen = program.init(), []
@@ -170,6 +157,7 @@ def _floats(found: dict) -> dict:
 def report(found: list, configs: dict[int, dict], given, command: str) -> bool:
     """Prints the table and writes the files; whether every activation is in order."""
     from analysis import coordinates
+    from analysis.report import finite
     from launch import provenance
 
     widths = list(configs)
@@ -186,7 +174,7 @@ def report(found: list, configs: dict[int, dict], given, command: str) -> bool:
         facts = {"command": command, "widths": widths, "parametrization": how}
         facts |= {"commit": provenance.commit(), "versions": provenance.versions()}
         held = facts | {"activations": coordinates.record(found, slopes)}
-        out.write_text(json.dumps(held) + "\n", encoding="utf-8")
+        out.write_text(json.dumps(finite(held), allow_nan=False) + "\n", encoding="utf-8")
         optim = next(iter(configs.values()))["optim"]
         title = f"{how}, {optim['name']}, lr {optim['lr']:g}"
         coordinates.draw(found, slopes, widths, title, out.with_suffix(".png"))

@@ -44,7 +44,9 @@ class LM(nnx.Module):
     matrix products), 'named' (all but the outputs of mixers and feed-forward networks).
     unroll: periods a step of the scan. base_d_model: the width at which learning rates were tuned;
     this model then starts, and weighs scores and logits, so that they are right at its own (muP,
-    arXiv 2203.03466; learning rates by optim/widths.py). None is d_model.
+    arXiv 2203.03466; learning rates by optim/widths.py). The model of that width is taken to be
+    this one with sizes given by number in proportion: as many heads, smaller ones, where head_dim
+    is None, and fewer where it is given. None is d_model.
 
     Raises:
       ValueError: layers that are not prefix + whole periods + suffix, or an unknown remat.

@@ -176,6 +176,11 @@ def rewarm(
         raise ValueError(f"optim.schedules.rewarm.cycles is {cycles}; it must be at least 1.")
     phases.share("rewarm.start_ratio", start_ratio)
     phases.share("rewarm.final_ratio", final_ratio)
+    if warmup * cycles >= total:
+        raise ValueError(
+            f"A warm-up of {warmup:g} tokens does not fit into each of {cycles} cycles of a run of "
+            f"{total:g}; take fewer cycles, or shorten optim.warmup_tokens or warmup_fraction."
+        )
     length, warmup = phases.checked(total / cycles, warmup)
     cycle = xp.clip(xp.floor(n / length), 0, cycles - 1)
     # At a joint, rounding may put n into the cycle before or after; both have final_ratio there.

@@ -21,7 +21,7 @@ import math
 from parallel.weight import Entry
 
 # To a vector each width adds elements, and so it does to an embedding, a token at a time.
-VECTORS = ("embed", "norm", "bias")
+VECTORS = ("embed", "head", "norm", "bias")
 
 
 def elementwise(entry: Entry) -> float:
@@ -37,11 +37,9 @@ def proportional(entry: Entry) -> float:
 
 def relative(entry: Entry) -> float:
     """Of methods whose steps are proportional to the weight's own norm (LAMB, LARS)."""
-    fan_in, fan_out = entry.wider
-    few = _vector(entry) or (fan_in > 1 and fan_out == 1)
-    return 1.0 if few else 1.0 / math.sqrt(fan_in)
+    few = entry.weight.group == "router" and entry.wider[1] == 1
+    return 1.0 if few or _vector(entry) else 1.0 / math.sqrt(entry.wider[0])
 
 
 def _vector(entry: Entry) -> bool:
-    readout = entry.weight.group == "head" and entry.wider[1] == 1
-    return readout or entry.weight.group in VECTORS or not entry.is_matrix
+    return entry.weight.group in VECTORS or not entry.is_matrix

@@ -66,26 +66,25 @@ class Entry:
 
 Table = dict[str, Entry]
 
-# Logical axes that grow with the width of the model, also where a number gives their size.
-WIDTHS = ("embed", "ffn", "heads")
-
 
 def widened(table: Table, doubled: Table, wider: float) -> Table:
     """The table of a model that is `wider` times as wide as its base, as its entries then say.
 
     doubled: the table of the same model at twice its width. A fan is a width where one of its
-    dimensions is named as one in WIDTHS, or grows in `doubled`; a vector has all its dimensions
-    for a fan-out. Rounded sizes (a multiple of 64) grow by less than two, so half of that counts.
+    dimensions is larger there; a vector has all its dimensions for a fan-out. Rounded sizes (a
+    multiple of 64) grow by less than two, so half of that counts. A weight that `doubled` lacks,
+    because layers hold theirs in another way there, is judged by the names of its dimensions.
     """
 
-    def fan(path, entry, dims):
-        larger = lambda i: doubled[path].shape[i] >= 1.5 * entry.shape[i]
-        return float(wider) if any(entry.axes[i] in WIDTHS or larger(i) for i in dims) else 1.0
+    def grows(path, entry, i):
+        if path not in doubled:
+            return entry.axes[i] in ("embed", "ffn")
+        return doubled[path].shape[i] >= 1.5 * entry.shape[i]
 
     def entry_of(path, entry):
         own = lambda dims: [entry.layers + i for i in dims]
-        fan_in, fan_out = own(entry.weight.fan_in), own(entry.weight.fan_out)
-        fans = fan(path, entry, fan_in), fan(path, entry, fan_out or entry.norm_axes)
+        fans = own(entry.weight.fan_in), own(entry.weight.fan_out) or entry.norm_axes
+        fans = tuple(float(wider) if any(grows(path, entry, i) for i in f) else 1.0 for f in fans)
         return dataclasses.replace(entry, wider=fans)
 
     return {path: entry_of(path, entry) for path, entry in table.items()}

@@ -16,6 +16,7 @@ from data.batch import Batch
 from models.context import of_batch
 from models.lm import LM
 from models.param import flatten, restore, table
+from models.width import at_width
 from optim import build as optimizer
 from parallel import zero
 from parallel.rules import RULES, layout, partition, ways
@@ -129,10 +130,10 @@ def _declared(config: Mapping, vocab: int):
     # Without a mesh, so that sizes which do not divide reach the check, not an error of JAX's.
     with jax.sharding.use_abstract_mesh(jax.sharding.AbstractMesh((), ())):
         bare, abstract, construct = _model(config["model"], config["data"]["length"], vocab)
-    own = table(abstract)
-    # A config of a run from before these keys has none.
-    adapter = adapters.make(config.get("adapter", {}), own)
-    return bare, construct, *_widened(own, adapter, config, vocab)
+        own = table(abstract)
+        # A config of a run from before these keys has none.
+        adapter = adapters.make(config.get("adapter", {}), own)
+        return bare, construct, *_widened(own, adapter, config, vocab)
 
 
 def _widened(own: Table, adapter: adapters.Adapter, config: Mapping, vocab: int):
@@ -140,10 +141,12 @@ def _widened(own: Table, adapter: adapters.Adapter, config: Mapping, vocab: int)
     model, base = config["model"], config["model"].get("base_d_model")
     if base is None:
         return own, adapter
-    twice = dict(model) | {"d_model": 2 * model["d_model"], "base_d_model": None}
+    twice = at_width(model, 2 * model["d_model"]) | {"base_d_model": None}
     _, abstract, _ = _model(twice, config["data"]["length"], vocab)
     doubled, wider = table(abstract), model["d_model"] / base
-    added = adapters.make(config.get("adapter", {}), doubled).table
+    # By the paths that the adapter was asked for.
+    same = {path: doubled.get(path, entry) for path, entry in own.items()}
+    added = adapters.make(config.get("adapter", {}), same).table
     adapter = dataclasses.replace(adapter, table=widened(adapter.table, added, wider))
     return widened(own, doubled, wider), adapter
 

@@ -85,6 +85,7 @@ def first(job: Run, *, quiet: bool = False) -> tuple[TrainState, dict]:
 
 def _begin(job: Run, folder: str, source: Source, quiet: bool) -> tuple[TrainState, dict]:
     here = {path: entry.shape for path, entry in job.program.table.items()}
+    _same_base(source.config["model"], job.config["model"])
     layers = [Layering.of(config["model"]) for config in (source.config, job.config)]
     plan = match(source.shapes, layers[0], here, layers[1], _adopting(job, source))
     merge = lambda read, drawn: plan.take(source.adapter.merged(read), drawn)
@@ -97,6 +98,18 @@ def _begin(job: Run, folder: str, source: Source, quiet: bool) -> tuple[TrainSta
         notes = dict.fromkeys(network.note for network in plan.made.values())
         told["made"] = {"count": len(plan.made), "some": list(notes)[:NAMED]}
     return state, {"start": {"folder": folder, "step": source.step} | told}
+
+
+def _same_base(there: Mapping, here: Mapping) -> None:
+    """The same parameters give other logits and scores under another base width."""
+    both = [m["d_model"] / (m.get("base_d_model") or m["d_model"]) for m in (there, here)]
+    if both[0] != both[1]:
+        base = there.get("base_d_model")
+        raise ValueError(
+            f"it has model.base_d_model={base or 'none'} and this run "
+            f"{here.get('base_d_model') or 'none'}, with which its parameters mean another model; "
+            f"set model.base_d_model={base or 'none'}"
+        )
 
 
 def _adopting(job: Run, source: Source) -> Callable[[int, str], Adopt | None]:

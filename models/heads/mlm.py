@@ -14,12 +14,11 @@ class Head(nnx.Module):
 
     def __init__(self, dims: Dims, vocab: int, *, rngs: nnx.Rngs, tied: bool, eps: float = 1e-12):
         D = dims.d_model
-        fans = dict(fan_in=(0,), fan_out=(1,), group="head")
-        self.wider = dims.wider
+        fans, self.wider = dict(fan_in=(0,), fan_out=(1,)), dims.wider
         self.dense = param(rngs, (D, D), ("embed", None), init=dims.normal(D), **fans)
         self.dense_bias = param(rngs, (D,), (None,), decay=False, group="bias")
         self.norm = Norm(D, rngs=rngs, kind="layernorm", eps=eps)
-        words = dict(init=dims.head(), **fans)
+        words = dict(init=dims.head(), group="head", **fans)
         self.kernel = None if tied else param(rngs, (D, vocab), ("embed", "vocab"), **words)
         self.bias = param(rngs, (vocab,), ("vocab",), decay=False, group="bias")
 

@@ -16,6 +16,7 @@ not need, and takes rms(u) and rms(W) of whole arrays. Here all of that belongs 
 whose fans may be several dimensions. A matrix in an array of its own steps as with optax.adafactor.
 
 Under muP min_scale breaks the scaling of weights that start at zero: it does not fall with width.
+And a width that is below `min_factored` at the base and above it here makes another method of it.
 """
 
 import math
@@ -55,8 +56,11 @@ def make(
 
     clip: largest root mean square of u, None for no clipping.  relative: steps are multiples of
       the weight's root mean square; otherwise the learning rate is absolute, as Adam's.
-    State: step count, r and c or v a weight, and with momentum one more.
+    State: step count, r and c or v a weight, and with momentum one more. ValueError for an eps that
+    float32 takes for 0.
     """
+    if not eps >= jnp.finfo(jnp.float32).tiny:
+        raise ValueError(f"adafactor: eps is {eps}; a row without a gradient needs 1e-37 or more.")
     rule = width if relative else widths.elementwise
     decayed = decay(table, weight_decay, rule)
     fans = lambda path: _factored(lookup(table, path), min_factored)

@@ -26,8 +26,8 @@ read here instead: a norm's gain, a bias and any other vector has no ratio, nor 
 starts at zero. With one it would grow by a factor of at most 1 + lr a step, hardly at all; so it
 steps like Adam.
 
-Under muP the share of the decay in u stays that of the base width. A clip of ||W|| or of the ratio
-breaks the scaling: norms grow with the width and its bounds do not.
+Under muP each element of the decay stays beside Adam's what it is at the base width. A clip of
+||W|| or of the ratio breaks the scaling: norms grow with the width and its bounds do not.
 """
 
 import functools

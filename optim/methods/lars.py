@@ -19,7 +19,9 @@ its momentum.
 As the rate falls, ours is the smaller step: the last steps forget what earlier ones gathered at a
 larger rate; in a warm-up it is the larger one.
 
-Under muP the decay has SGD's multiplier, so that it stays the same share of g + weight_decay W.
+Under muP the decay is divided by SGD's multiplier of the learning rate, so that each element of
+weight_decay W stays beside g what it is at the base width. In the ratio a decay weighs more as the
+width grows, because ||W|| does and ||g|| does not: with one, rates carry over only so far.
 """
 
 import jax.numpy as jnp

@@ -9,19 +9,20 @@ import numpy as np
 import pytest
 
 from analysis import curves, plotting
+from launch import curves as command
 from optim import schedules
 
 
 @pytest.fixture
 def drawn(monkeypatch, tmp_path):
-    """drawn(module's name): {title: panel} of what the command draws."""
+    """drawn(): {title: panel} of what the command draws."""
     plt, kept = plotting.pyplot("nothing"), []
     close = plt.close
     monkeypatch.setattr(plt, "close", kept.append)
 
-    def draw(module="optim.schedules"):
+    def draw():
         out = tmp_path / "a.png"
-        curves.main(["--out", str(out), "--module", module])
+        command.main(["--out", str(out)])
         assert out.read_bytes()[:4] == b"\x89PNG"
         return {axes.get_title("left"): axes for axes in kept[-1].axes if axes.get_visible()}
 

@@ -145,3 +145,21 @@ def test_the_command_tells_draws_and_exits_by_what_it_found(tmp_path, capsys):
     with pytest.raises(SystemExit) as stopped:
         coordcheck.main([*small[:-2], "--limit=0"])
     assert stopped.value.code == 1
+
+
+@pytest.mark.parametrize(
+    "own",
+    [
+        {"model__pattern": "based", "optim__name": "sgd", "optim__lr": "0.03"},
+        {
+            "model__pattern": "hedgehog",
+            "model__mixers__hedgehog__window": "4",
+            "optim__name": "sgd",
+            "optim__lr": "0.03",
+        },
+        {"adapter__name": "lora", "optim__name": "lamb"},
+    ],
+    ids=["based-sgd", "window-sgd", "lora-lamb"],
+)
+def test_pairs_in_which_fans_differ(own):
+    assert faults(**own) == {}

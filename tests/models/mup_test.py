@@ -5,6 +5,7 @@ import numpy as np
 import pytest
 
 from launch.config import resolve
+from launch.schema import UsageError
 from models.context import Context
 from models.param import Dims
 from optim import widths
@@ -125,7 +126,7 @@ def _logits(program, params, inputs):
 
 
 def test_a_base_width_below_one_is_a_sentence():
-    with pytest.raises(ValueError, match="base_d_model is 0 and must be at least 1"):
+    with pytest.raises(UsageError, match=r"model\.base_d_model is 0 and must be greater than 0"):
         table(32, 0)
 
 

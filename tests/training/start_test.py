@@ -256,6 +256,10 @@ def test_only_the_first_step_reads_it_and_the_header_keeps_it(teacher, tmp_path)
     [
         (dict(start="nowhere"), "start=nowhere: no finished checkpoint in .*nowhere"),
         (dict(model__d_model=64), r"start=.*: blocks/0/ffn/down has the shape \[32 32\] there and"),
+        (
+            dict(model__base_d_model=16),
+            "it has model.base_d_model=none and this run 16, .*; set model.base_d_model=none",
+        ),
     ],
 )
 def test_refusals(changes, expected, root, teacher, tmp_path):
