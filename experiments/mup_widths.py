@@ -5,13 +5,13 @@ found: under muP the best learning rate stays, under the standard parametrizatio
 width. Here decoders of two layers on the standard library, 192 steps of 16 x 128 bytes. At width
 64, where both are one model, 0.008 was the best of five rates a factor of two apart (seed 10, once:
 3.14, 2.95, 2.89, 3.12 and 3.54 bits a byte from 0.002 to 0.032). Arms of width 256 take that rate,
-or the best of four for themselves.
+or the best of three others for themselves.
 
-RULE  Claimed: mup_carried is no worse than mup_tuned. Each arm stands at its grid point with the
-best mean of validation/bits_per_byte. Judged are its differences, arm minus mup_tuned, of runs with
-the same seed: their mean and its two-sided 95% t-interval. 'No worse' is confirmed if the interval
-lies below 0.01, refuted if it lies above 0 and the mean is at least 0.01, and undecided otherwise.
-There is no verdict where data order, tokens or FLOPs differ.
+RULE  Claimed: mup_carried is no worse than mup_others. Each arm stands at its grid point with the
+best mean of validation/bits_per_byte. Judged are its differences, arm minus mup_others, of runs
+with the same seed: their mean and its two-sided 95% t-interval. 'No worse' is confirmed if the
+interval lies below 0.01, refuted if it lies above 0 and the mean is at least 0.01, and undecided
+otherwise. There is no verdict where data order, tokens or FLOPs differ.
 
 COMMAND   uv run sweep experiments/mup_widths.py
 COST      not run
@@ -24,14 +24,14 @@ EXPECTED  not run
 
 from experiments import base
 
-BASELINE = "mup_tuned"
+BASELINE = "mup_others"
 RATE = 0.008
-RATES = [RATE / 4, RATE / 2, RATE, 2 * RATE]
+OTHERS = [RATE / 4, RATE / 2, 2 * RATE]
 MUP = {"model.base_d_model": 64}
 ARMS = {
-    "mup_tuned": MUP | {"optim.lr": RATES},
+    "mup_others": MUP | {"optim.lr": OTHERS},
     "mup_carried": MUP,
-    "standard_tuned": {"optim.lr": RATES},
+    "standard_others": {"optim.lr": OTHERS},
     "standard_carried": {"optim.lr": RATE},
 }
 CLAIMS = {"mup_carried": "no worse"}
