@@ -12,7 +12,8 @@ interval lies below 0 and the mean is at most -0.005, refuted if all of it lies 
 undecided otherwise. There is no verdict where data order, tokens or FLOPs differ.
 
 COMMAND   uv run sweep experiments/moe_rows.py
-COST      not run
+COST      18 runs of 768,000 tokens, one at a time on one core: 37 minutes (Intel Xeon, 2 cores,
+          jax 0.11.2, which other work shared)
 FULL      uv run sweep experiments/moe_rows.py --config.data.batch_size=512
           --config.data.length=4096 --config.steps=60000 --config.model.d_model=1024
           --config.model.layers=24 --config.model.mixers.attention.heads=16
@@ -20,7 +21,8 @@ FULL      uv run sweep experiments/moe_rows.py --config.data.batch_size=512
           --config.model.ffns.moe.shared=4 --config.model.ffns.moe.width=512
           --config.model.dtype=bfloat16 --workdir runs/moe_rows_full
           (rows_4 with rows=128, weights 0.008, and a corpus of 120e9 tokens)
-EXPECTED  not run
+EXPECTED  both confirmed, -0.035 (-0.059 to -0.011) and -0.038 bits a byte (-0.060 to -0.017), with
+          every seed, as in experiments/results/moe_rows.md
 """
 
 from experiments import base
